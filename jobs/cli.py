@@ -1,0 +1,82 @@
+"""From a configuration dataclass to a command line, a YAML file and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import yaml
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Yaml
+from rich.console import Console
+
+from pipeline.errors import RunError, UsageError
+
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn:
+    """Parses ``sys.argv`` into ``config_type``, runs the job and exits: 0 done, 1 failed, 2 wrong usage.
+
+    Every field is a flag; ``--config FILE.yaml`` gives values that flags override.
+    """
+    try:
+        run(parse(job, config_type, sys.argv[1:]))
+    except (UsageError, CycloptsError) as error:
+        _end(2, f"{job}: {error}")
+    except RunError as error:
+        _end(1, f"{job}: {error}")
+    except KeyboardInterrupt:
+        _end(1, f"{job}: interrupted")
+    sys.exit(0)
+
+
+def _end(code: int, message: str) -> NoReturn:
+    errors.print(message, style="red", markup=False)
+    sys.exit(code)
+
+
+def parse(job: str, config_type: type, arguments: list[str]) -> Any:
+    """The configuration. Raises UsageError or CycloptsError; ``--help`` prints and exits 0."""
+
+    def build(config: Any) -> Any:
+        return config
+
+    build.__annotations__ = {"config": Annotated[config_type, Parameter(name="*")]}
+    app = App(
+        name=f"python -m {job}",
+        help=config_type.__doc__,
+        help_format="plaintext",
+        version_flags=(),
+        default_parameter=Parameter(consume_multiple=True, negative_iterable=(), negative_none=()),
+        exit_on_error=False,
+        print_error=False,
+    )
+    app.default(build)
+
+    def with_file(
+        *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], config: Path | None = None
+    ) -> Any:
+        if config is not None:
+            app.config = Yaml(_check_yaml(config), must_exist=True, search_parents=False)
+        return app(tokens)
+
+    app.meta.default(with_file)
+    result = app.meta(arguments)
+    if result is None:
+        sys.exit(0)  # --help has been printed
+    return result
+
+
+def _check_yaml(path: Path) -> Path:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path} must hold fields with values, not {type(content).__name__}")
+    return path

@@ -1,0 +1,24 @@
+"""Draws a labelled corpus: ``python -m jobs.corpus --output s3://bucket/prefix --images 8000``."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+
+from jobs.cli import run_job
+from pipeline.corpus import CorpusConfig, make_corpus
+
+
+def run(config: CorpusConfig) -> None:
+    began = time.perf_counter()
+    positives = make_corpus(config)
+    seconds = time.perf_counter() - began
+    Console().print(
+        f"{config.images:,} pictures, {positives:,} with the emblem, in {seconds:.0f} s: "
+        f"{config.output}, labels in {config.output.rstrip('/')}/labels.parquet"
+    )
+
+
+if __name__ == "__main__":
+    run_job("jobs.corpus", CorpusConfig, run)

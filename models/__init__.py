@@ -1,0 +1,1 @@
+"""Nets that test one image or a group of images in one forward pass. Knows neither Ray nor storage."""

@@ -1,0 +1,68 @@
+"""How good a net is at each group size, with intervals that own up to the number of positives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.stats import beta
+
+from models.group_net import GroupNet
+from models.training import Examples, host_positives, score_groups
+
+
+def interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's exact interval for a share.
+
+    ``successes`` may be fractional: the mean over re-drawn companions of ``trials`` unique positives,
+    which are the sample; their re-drawn hosts are not.
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    tail = (1 - confidence) / 2
+    low = 0.0 if successes <= 0 else float(beta.ppf(tail, successes, trials - successes + 1))
+    high = 1.0 if successes >= trials else float(beta.ppf(1 - tail, successes + 1, trials - successes))
+    return low, high
+
+
+def measure(net: GroupNet, examples: Examples, *, target_recall: float, redraws: int, seed: int) -> list[dict[str, Any]]:
+    """For each group size a threshold fitted on one half of the pictures, judged on the other half.
+
+    The threshold is the highest that keeps ``target_recall`` of the first half's positives, each
+    hosted by ``redraws`` draws of other negatives. One category only is measured: the first.
+    """
+    rng = np.random.default_rng(seed)
+    halves = np.array_split(rng.permutation(len(examples.pixels_NSS3)), 2)
+    rows = []
+    for size in net.group_sizes:
+        scores = [_hosted_scores(net, examples, half, size, redraws, rng) for half in halves]
+        threshold = float(np.quantile(scores[0][0], 1 - target_recall, method="lower"))
+        hosted_PR, without_G = scores[1]
+        recall = float((hosted_PR >= threshold).mean(axis=1).sum())
+        false_positives = int((without_G >= threshold).sum())
+        rows.append(
+            {
+                "group_size": size,
+                "threshold": threshold,
+                "positives": len(hosted_PR),
+                "redraws": redraws,
+                "recall": recall / len(hosted_PR),
+                "recall_interval": interval(recall, len(hosted_PR)),
+                "negative_groups": len(without_G),
+                "false_positive_rate": false_positives / len(without_G),
+                "false_positive_rate_interval": interval(false_positives, len(without_G)),
+            }
+        )
+    return rows
+
+
+def _hosted_scores(
+    net: GroupNet, examples: Examples, half: np.ndarray, size: int, redraws: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (positives, redraws) of hosted positives and (groups,) of groups without one."""
+    labels = examples.labels_NK[half, 0]
+    hosted, without = host_positives(labels, size, redraws if size > 1 else 1, rng)
+    hosted_scores = score_groups(net, examples.pixels_NSS3, half[hosted])[:, 0]
+    # host_positives lists all positives once per redraw.
+    hosted_PR = hosted_scores.reshape(-1, int(labels.sum())).T
+    return hosted_PR, score_groups(net, examples.pixels_NSS3, half[without])[:, 0]

@@ -1,0 +1,1 @@
+"""The scan: manifest, windows, fetch, decode, stages, sink, commit."""

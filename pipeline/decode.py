@@ -1,0 +1,128 @@
+"""From bytes to pixels, in a child process that can be killed.
+
+An image file is written by whoever can upload: a decoder that hangs, eats all memory or crashes must
+cost one error row and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+import pipeline.decode_child
+from pipeline.plan import Preparation
+from pipeline.window import Image, Window, Work
+
+START_SECONDS = 60
+
+
+class Decoder:
+    """``windows -> windows``: pixels at one size for every undecided image that has a payload."""
+
+    def __init__(self, operator: str, side: int, limits: Preparation) -> None:
+        self.operator = operator
+        self.side = side
+        self.limits = limits
+        self.child: _Child | None = None
+
+    def __call__(self, windows: list[Window]) -> list[Window]:
+        for window in windows:
+            began = time.perf_counter()
+            undecided = window.undecided
+            decoded = [self._decode(window.images[position]) for position in undecided]
+            kept = [pixels for pixels in decoded if pixels is not None]
+            window.pixels = np.stack(kept) if kept else None
+            window.work.append(
+                Work(
+                    operator=self.operator,
+                    images_in=len(undecided),
+                    images_out=len(kept),
+                    seconds=time.perf_counter() - began,
+                )
+            )
+        return windows
+
+    def _decode(self, image: Image) -> np.ndarray | None:
+        """Pixels (side, side, 3), or None when the image has become an error."""
+        assert image.payload is not None
+        if self.child is None:
+            self.child = _Child(self.side, self.limits)
+        try:
+            answer, pixels = self.child.decode(image.payload)
+        except TimeoutError:
+            self._replace_child()
+            image.fail("decode_timeout", f"not decoded within {self.limits.decode_seconds:g} s")
+            return None
+        except (EOFError, OSError):
+            status = self._replace_child()
+            image.fail("decode_crash", f"the decoder died with status {status}")
+            return None
+        if pixels is None:
+            code, detail = answer
+            image.fail(code, detail)
+            return None
+        image.format, image.width, image.height = answer
+        return pixels
+
+    def _replace_child(self) -> int | None:
+        assert self.child is not None
+        status = self.child.kill()
+        self.child = None
+        return status
+
+    def __del__(self) -> None:
+        if self.child is not None:
+            self.child.kill()
+
+
+class _Child:
+    def __init__(self, side: int, limits: Preparation) -> None:
+        self.side, self.limits = side, limits
+        ours, theirs = socket.socketpair()
+        size = side * side * 3
+        with tempfile.TemporaryFile() as shared, theirs:
+            os.ftruncate(shared.fileno(), size)
+            self.pixels = mmap.mmap(shared.fileno(), size)
+            memory = int(limits.decode_gigabytes * 1e9)
+            arguments = [theirs.fileno(), shared.fileno(), size, memory, os.getpid()]
+            root = str(Path(pipeline.decode_child.__file__).parents[1])
+            # A script with few imports, not multiprocessing's spawn: that would import Ray's worker again.
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.decode_child", *map(str, arguments)],
+                pass_fds=(theirs.fileno(), shared.fileno()),
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+            )
+        self.connection = Connection(ours.detach())
+        self.fresh = True
+
+    def decode(self, payload: bytes) -> tuple[list, np.ndarray | None]:
+        """The child's answer, and the pixels when there are some.
+
+        Raises TimeoutError when it takes too long, EOFError or OSError when it has died.
+        """
+        self.connection.send_bytes(json.dumps([self.side, self.limits.max_megapixels * 1_000_000]).encode())
+        self.connection.send_bytes(payload)
+        # The first answer includes the interpreter's start.
+        if not self.connection.poll(self.limits.decode_seconds + (START_SECONDS if self.fresh else 0)):
+            raise TimeoutError
+        answer = json.loads(self.connection.recv_bytes())
+        self.fresh = False
+        if len(answer) == 2:
+            return answer, None
+        return answer, np.frombuffer(self.pixels, np.uint8).reshape(self.side, self.side, 3).copy()
+
+    def kill(self) -> int | None:
+        self.process.kill()
+        self.connection.close()
+        return self.process.wait()

@@ -1,0 +1,9 @@
+"""The two ways a job ends badly, and their exit codes."""
+
+
+class UsageError(ValueError):
+    """Wrong usage, configuration or input, found before the run began: exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The run began and could not be completed: exit code 1."""

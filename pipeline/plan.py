@@ -1,0 +1,174 @@
+"""The plan: which nets test an image, in which groups, against which thresholds. A YAML file.
+
+What decides a verdict (window, stages, models, rounds, thresholds, input sizes, dtype) and what only
+decides how fast it comes (actors, CPUs, GPUs, windows per call, batch) stand side by side per stage;
+``Plan.version`` is a digest of the first kind alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UsageError
+
+PLANS = Path(str(files("pipeline"))) / "plans"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WindowSpec(_Strict):
+    """When a window is full: at ``images``, or before it holds more than ``megabytes`` as listed."""
+
+    images: int = Field(default=256, ge=1)
+    megabytes: int = Field(default=256, ge=1)
+
+
+class Actors(_Strict):
+    """Bounds of an actor pool."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Actors:
+        if self.max < self.min:
+            raise ValueError(f"actors max is {self.max}, below min {self.min}")
+        return self
+
+
+class StageSpec(_Strict):
+    """One net with its rounds, run by one actor pool."""
+
+    name: str
+    model: str
+    """Name of a net in the zoo, or the path of its card."""
+    rounds: tuple[int, ...]
+    """Group sizes in the order they are tested, each dividing the one before."""
+    thresholds: dict[str, tuple[float, ...]]
+    """Per category one score a round: a test is positive when any category reaches its own."""
+    input_size: int = Field(ge=16, le=2048)
+    """Side in pixels of the net's input."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    actors: Actors = Actors()
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    windows_per_call: int = Field(default=1, ge=1)
+    batch_images: int = Field(default=64, ge=1)
+    """Images in one device batch, rounded up to whole groups."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StageSpec:
+        if not self.rounds or any(size < 1 for size in self.rounds):
+            raise ValueError(f"stage {self.name!r}: rounds are {self.rounds}; give group sizes, as in [16, 4]")
+        for larger, smaller in zip(self.rounds, self.rounds[1:], strict=False):
+            if smaller >= larger or larger % smaller:
+                raise ValueError(
+                    f"stage {self.name!r}: a round of {smaller} cannot follow one of {larger}; "
+                    "each size must be smaller and divide the one before"
+                )
+        if not self.thresholds:
+            raise ValueError(f"stage {self.name!r}: thresholds name no category")
+        for category, values in self.thresholds.items():
+            if len(values) != len(self.rounds):
+                raise ValueError(
+                    f"stage {self.name!r}: category {category!r} has {len(values)} thresholds "
+                    f"for {len(self.rounds)} rounds; give one a round"
+                )
+            if any(not 0 <= value <= 1 for value in values):
+                raise ValueError(f"stage {self.name!r}: thresholds of {category!r} are {values}, not all in 0..1")
+        return self
+
+
+class Preparation(_Strict):
+    """How images are fetched and decoded; limits are verdicts too: what exceeds them is an error."""
+
+    max_megabytes: int = Field(default=64, ge=1)
+    """Larger objects are not fetched."""
+    max_megapixels: int = Field(default=120, ge=1)
+    """Larger pictures are not decoded."""
+    decode_seconds: float = Field(default=20, gt=0)
+    """A decoder that takes longer for one picture is killed."""
+    decode_gigabytes: float = Field(default=2, gt=0)
+    """Address space of one decoder beyond what it has when it starts."""
+    fetch_concurrency: int = Field(default=32, ge=1)
+    """Requests in flight in one fetch task."""
+    fetch_cpus: float = Field(default=0.25, gt=0)
+    decoders: Actors = Actors()
+    """Decoder actors, each with one child process."""
+    decode_cpus: float = Field(default=1.0, gt=0)
+    windows_per_call: int = Field(default=1, ge=1)
+    write_windows_per_call: int = Field(default=4, ge=1)
+    write_cpus: float = Field(default=0.25, gt=0)
+
+
+class Plan(_Strict):
+    """Ordered stages. What the last stage finds positive is flagged."""
+
+    name: str
+    categories: tuple[str, ...]
+    window: WindowSpec = WindowSpec()
+    preparation: Preparation = Preparation()
+    stages: tuple[StageSpec, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names) or not all(names):
+            raise ValueError(f"stage names are {names}; each stage needs a name of its own")
+        for stage in self.stages:
+            if set(stage.thresholds) != set(self.categories):
+                raise ValueError(
+                    f"stage {stage.name!r} has thresholds for {sorted(stage.thresholds)}, "
+                    f"but the plan's categories are {sorted(self.categories)}"
+                )
+            if self.window.images % stage.rounds[0]:
+                raise ValueError(
+                    f"window.images is {self.window.images}, not a multiple of the groups of "
+                    f"{stage.rounds[0]} in stage {stage.name!r}"
+                )
+        return self
+
+    @property
+    def version(self) -> str:
+        """Twelve hexadecimal digits that change with whatever can change a verdict."""
+        speed_only = {"actors", "num_cpus", "num_gpus", "windows_per_call", "batch_images"}
+        limits = {"max_megabytes", "max_megapixels", "decode_seconds", "decode_gigabytes"}
+        content = self.model_dump(mode="json", exclude={"preparation", "stages"}) | {
+            "limits": self.preparation.model_dump(include=limits),
+            "stages": [stage.model_dump(mode="json", exclude=speed_only) for stage in self.stages],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load_plan(name: str) -> Plan:
+    """A shipped plan by name, or a YAML file by path. Raises UsageError."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PLANS / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        shipped = ", ".join(sorted(entry.stem for entry in PLANS.glob("*.yaml")))
+        raise UsageError(f"plan {path}: {error.strerror}; shipped plans are {shipped}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"plan {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"plan {path} must hold fields with values, not {type(content).__name__}")
+    return parse_plan(content, str(path))
+
+
+def parse_plan(content: dict, origin: str) -> Plan:
+    try:
+        return Plan.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise UsageError(f"plan {origin}: {place + ': ' if place else ''}{first['msg']}{more}") from error

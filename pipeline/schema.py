@@ -1,0 +1,178 @@
+"""Every table and every Ray row, declared once: names, types, units, null rules.
+
+Types are those every reader has: no unsigned integers, no float16, no nanoseconds, no dictionaries
+turned into strings.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+LABELS = pa.schema(
+    [
+        ("uri", pa.string()),  # as the ledger's source_uri names it
+        ("category", pa.string()),
+        ("label", pa.int8()),  # 1 violating, 0 not
+    ]
+)
+
+MANIFEST = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("size_bytes", pa.int64()),  # null where the source does not tell
+        ("etag", pa.string()),  # null where the source does not tell
+        ("modified_at", TIMESTAMP),  # null where the source does not tell
+        ("image_id", pa.string()),  # 32 hexadecimal digits
+        ("ordinal", pa.int64()),  # rank in the whole manifest
+        ("window", pa.int64()),
+        ("shard", pa.int32()),
+    ]
+)
+
+# One test of one group that the image was a member of.
+TEST = pa.struct(
+    [
+        ("stage", pa.string()),
+        ("round", pa.int32()),  # 0 is the first round of the stage
+        ("group_id", pa.string()),
+        ("group_size", pa.int32()),  # members present: holes are not counted
+        ("scores", pa.list_(pa.float32())),  # by category, in the plan's order
+    ]
+)
+
+IMAGE = pa.struct(
+    [
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("etag", pa.string()),
+        ("modified_at", TIMESTAMP),
+        ("payload", pa.large_binary()),  # set by fetch, null as soon as the image is decided
+        ("format", pa.string()),  # format, width, height: set by decode
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("outcome", pa.string()),  # null while undecided
+        ("error_code", pa.string()),  # set exactly when the outcome is error
+        ("error_detail", pa.string()),
+        ("tests", pa.list_(TEST)),  # in the order they were made
+    ]
+)
+
+# What one operator did for one window. Counts add up over windows in any order.
+WORK = pa.struct(
+    [
+        ("operator", pa.string()),
+        ("round", pa.int32()),  # null for operators without rounds
+        ("images_in", pa.int64()),
+        ("tests", pa.int64()),
+        ("positive_tests", pa.int64()),
+        ("images_out", pa.int64()),  # still undecided afterwards
+        ("gmac", pa.float64()),
+        ("seconds", pa.float64()),
+    ]
+)
+
+# The Ray row: one window.
+WINDOW = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("window", pa.int64()),
+        ("first_ordinal", pa.int64()),
+        ("images", pa.large_list(IMAGE)),  # in ordinal order
+        ("pixels", pa.large_binary()),  # uint8 (undecided images, side, side, 3), in ordinal order; null when none
+        ("pixels_side", pa.int32()),
+        ("work", pa.list_(WORK)),
+    ]
+)
+
+# What the sink tells the driver about one attempt file set.
+RECEIPT = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("windows", pa.list_(pa.int64())),
+        ("attempt", pa.string()),
+        ("outcomes", pa.list_(pa.struct([("outcome", pa.string()), ("images", pa.int64())]))),
+        ("work", pa.list_(WORK)),
+    ]
+)
+
+LEDGER = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("image_id", pa.string()),
+        ("source_uri", pa.string()),
+        ("outcome", pa.string()),  # cleared, flagged, error or skipped
+        ("decided_stage", pa.string()),  # null for error and skipped
+        ("decided_round", pa.int32()),
+        ("group_id", pa.string()),
+        ("group_size", pa.int32()),
+        ("group_score", pa.float32()),  # of the deciding test, for the category nearest its threshold
+        ("score", pa.float32()),  # of the image alone: null when it was decided in a group
+        ("category", pa.string()),  # the deciding category: null unless flagged
+        ("error_code", pa.string()),
+        ("skip_reason", pa.string()),
+        ("shard", pa.int32()),
+        ("ordinal", pa.int64()),
+    ]
+)
+
+STAGE_HISTORY = pa.struct(
+    [
+        ("stage", pa.string()),
+        ("round", pa.int32()),
+        ("group_id", pa.string()),
+        ("group_size", pa.int32()),
+        ("score", pa.float32()),  # of this row's category
+        ("threshold", pa.float32()),
+        ("model_version", pa.string()),
+    ]
+)
+
+FLAGGED = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("image_id", pa.string()),
+        ("source_uri", pa.string()),
+        ("etag", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("source_modified_at", TIMESTAMP),
+        ("scanned_at", TIMESTAMP),
+        ("image_format", pa.string()),
+        ("width", pa.int32()),  # pixels, as stored: before EXIF rotation
+        ("height", pa.int32()),
+        ("category", pa.string()),
+        ("score", pa.float32()),
+        ("threshold", pa.float32()),
+        ("decided_stage", pa.string()),
+        ("stages", pa.list_(STAGE_HISTORY)),
+        ("plan_version", pa.string()),
+        ("weights_sha256", pa.string()),  # of the deciding stage's net
+        ("recommended_action", pa.string()),
+    ]
+)
+
+ERRORS = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("image_id", pa.string()),
+        ("source_uri", pa.string()),
+        ("etag", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("error_code", pa.string()),
+        ("error_detail", pa.string()),  # one line, for people
+        ("shard", pa.int32()),
+        ("ordinal", pa.int64()),
+        ("scanned_at", TIMESTAMP),
+    ]
+)
+
+TABLES = {"ledger": LEDGER, "flagged": FLAGGED, "errors": ERRORS}
+
+# Within a shard's file: analysts read flagged by category from the highest score down.
+SORT_KEYS: dict[str, list[tuple[str, str]]] = {
+    "ledger": [("ordinal", "ascending")],
+    "flagged": [("category", "ascending"), ("score", "descending"), ("image_id", "ascending")],
+    "errors": [("error_code", "ascending"), ("ordinal", "ascending")],
+}

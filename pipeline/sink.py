@@ -1,0 +1,184 @@
+"""The last operator: windows become table rows, in attempt files that nobody reads yet.
+
+An attempt's name is unique, so a call that Ray repeats leaves a second file that no receipt names.
+"""
+
+from __future__ import annotations
+
+import io
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import schema
+from pipeline.plan import Plan, StageSpec
+from pipeline.storage import Store
+from pipeline.window import OUTCOMES, Image, Test, Window
+
+DEFAULT_ACTION = "review"
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_index=True)
+    return buffer.getvalue()
+
+
+class Sink:
+    """``windows -> receipts``: one per shard among the windows. ``models``: stage to (version, sha256)."""
+
+    def __init__(
+        self,
+        store: tuple[str, str | None],
+        prefix: str,
+        run_id: str,
+        plan: Plan,
+        models: dict[str, tuple[str, str]],
+    ) -> None:
+        self.store = store
+        self.prefix = prefix
+        self.rows = Rows(run_id, plan, models)
+
+    def __call__(self, windows: list[Window]) -> list[dict[str, Any]]:
+        shards: dict[int, list[Window]] = defaultdict(list)
+        for window in windows:
+            shards[window.shard].append(window)
+        return [self._write(shard, members) for shard, members in shards.items()]
+
+    def _write(self, shard: int, windows: list[Window]) -> dict[str, Any]:
+        attempt = f"{self.prefix}/shard-{shard:05d}/{windows[0].window:08d}-{uuid.uuid4().hex}"
+        now = datetime.now(UTC)
+        store = Store(*self.store)
+        for name, rows in self.rows.of_windows(windows, now).items():
+            if rows:
+                table = pa.Table.from_pylist(rows, schema.TABLES[name])
+                store.write(f"{attempt}/{name}.parquet", table_bytes(table))
+        outcomes = [image.outcome for window in windows for image in window.images]
+        return {
+            "shard": shard,
+            "windows": [window.window for window in windows],
+            "attempt": attempt,
+            "outcomes": [{"outcome": kind, "images": outcomes.count(kind)} for kind in OUTCOMES],
+            "work": [
+                {name: getattr(work, name) for name in schema.WORK.names} for window in windows for work in window.work
+            ],
+        }
+
+
+class Rows:
+    """Table rows from decided images."""
+
+    def __init__(self, run_id: str, plan: Plan, models: dict[str, tuple[str, str]]) -> None:
+        self.run_id = run_id
+        self.plan = plan
+        self.models = models
+        self.specs: dict[str, StageSpec] = {stage.name: stage for stage in plan.stages}
+
+    def of_windows(self, windows: list[Window], now: datetime) -> dict[str, list[dict[str, Any]]]:
+        """Rows by table name."""
+        tables: dict[str, list[dict[str, Any]]] = {"ledger": [], "flagged": [], "errors": []}
+        for window in windows:
+            for offset, image in enumerate(window.images):
+                ordinal = window.first_ordinal + offset
+                tables["ledger"].append(self._ledger(image, window.shard, ordinal))
+                if image.outcome == "flagged":
+                    tables["flagged"] += self._flagged(image, now)
+                elif image.outcome == "error":
+                    tables["errors"].append(self._error(image, window.shard, ordinal, now))
+        return tables
+
+    def _ledger(self, image: Image, shard: int, ordinal: int) -> dict[str, Any]:
+        assert image.outcome is not None, f"{image.uri} reached the sink without an outcome"
+        row: dict[str, Any] = {
+            "run_id": self.run_id,
+            "image_id": image.image_id,
+            "source_uri": image.uri,
+            "outcome": image.outcome,
+            "error_code": image.error_code,
+            "shard": shard,
+            "ordinal": ordinal,
+        }
+        if image.outcome in ("cleared", "flagged"):
+            # Nothing unseen is ever cleared: an outcome without a test behind it must not exist.
+            test = image.tests[-1]
+            category = self._nearest_category(test)
+            score = test.scores[category]
+            row |= {
+                "decided_stage": test.stage,
+                "decided_round": test.round,
+                "group_id": test.group_id,
+                "group_size": test.group_size,
+                "group_score": score,
+                "score": score if self._is_individual(test) else None,
+                "category": self.plan.categories[category] if image.outcome == "flagged" else None,
+            }
+        return row
+
+    def _thresholds(self, test: Test) -> list[float]:
+        spec = self.specs[test.stage]
+        return [spec.thresholds[category][test.round] for category in self.plan.categories]
+
+    def _nearest_category(self, test: Test) -> int:
+        """The category whose score lies highest above, or least below, its threshold."""
+        return int(np.argmax(np.array(test.scores) - self._thresholds(test)))
+
+    def _is_individual(self, test: Test) -> bool:
+        return self.specs[test.stage].rounds[test.round] == 1
+
+    def _flagged(self, image: Image, now: datetime) -> Iterator[dict[str, Any]]:
+        """One row for each category that reached its threshold in the deciding test."""
+        last = image.tests[-1]
+        for index, (category, threshold) in enumerate(zip(self.plan.categories, self._thresholds(last), strict=True)):
+            if last.scores[index] < threshold:
+                continue
+            yield {
+                "run_id": self.run_id,
+                "image_id": image.image_id,
+                "source_uri": image.uri,
+                "etag": image.etag,
+                "size_bytes": image.size_bytes,
+                "source_modified_at": image.modified_at,
+                "scanned_at": now,
+                "image_format": image.format,
+                "width": image.width,
+                "height": image.height,
+                "category": category,
+                "score": last.scores[index],
+                "threshold": threshold,
+                "decided_stage": last.stage,
+                "stages": [self._history(test, index) for test in image.tests],
+                "plan_version": self.plan.version,
+                "weights_sha256": self.models[last.stage][1],
+                "recommended_action": DEFAULT_ACTION,
+            }
+
+    def _history(self, test: Test, category: int) -> dict[str, Any]:
+        return {
+            "stage": test.stage,
+            "round": test.round,
+            "group_id": test.group_id,
+            "group_size": test.group_size,
+            "score": test.scores[category],
+            "threshold": self._thresholds(test)[category],
+            "model_version": self.models[test.stage][0],
+        }
+
+    def _error(self, image: Image, shard: int, ordinal: int, now: datetime) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "image_id": image.image_id,
+            "source_uri": image.uri,
+            "etag": image.etag,
+            "size_bytes": image.size_bytes,
+            "error_code": image.error_code,
+            "error_detail": image.error_detail,
+            "shard": shard,
+            "ordinal": ordinal,
+            "scanned_at": now,
+        }

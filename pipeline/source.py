@@ -1,0 +1,222 @@
+"""From a source to a frozen manifest: what is there, in which window, in which shard.
+
+A listing is streamed to disk, sorted by DuckDB (out of core) by a salted hash of the image ids, and
+cut into windows in that order. Neighbouring keys are alike, and calibration assumes that companions
+are random. Shards are runs of whole windows, so their size never changes a window.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import io
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import UsageError
+from pipeline.plan import WindowSpec
+from pipeline.schema import MANIFEST
+from pipeline.storage import Location, Store, list_bucket, list_prefixes, parse_uri, read_object
+
+LISTED = pa.schema(
+    [MANIFEST.field(name) for name in ("uri", "size_bytes", "etag", "modified_at", "image_id")]
+    + [pa.field("rank", pa.int64())]
+)
+LISTED_CHUNK = 50_000
+ROW_GROUP = 4096
+SORT_MEMORY = "1GB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A slice of the manifest: the unit of commit and of resume."""
+
+    index: int
+    images: int
+    windows: int
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    shards: tuple[Shard, ...]
+    duplicates: int
+    """Objects that the source listed more than once; they are tested once."""
+
+    @property
+    def images(self) -> int:
+        return sum(shard.images for shard in self.shards)
+
+
+def image_id(uri: str, etag: str | None) -> str:
+    """Stable id of one object version."""
+    return hashlib.blake2b(f"{uri}\0{etag or ''}".encode(), digest_size=16).hexdigest()
+
+
+def list_source(source: str, exclude: tuple[str, ...], endpoint_url: str | None) -> Iterator[dict[str, Any]]:
+    """Rows (uri, size_bytes, etag, modified_at) of everything in the source. Raises UsageError."""
+    location = parse_uri(source)
+    if location.key.endswith((".parquet", ".csv")):
+        rows = _list_table(location, endpoint_url)
+    elif location.bucket is None:
+        rows = _list_folder(Path(location.key))
+    else:
+        rows = _list_s3(location, endpoint_url)
+    for row in rows:
+        name = row["uri"].rsplit("/", 1)[1]
+        if name and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+            yield row
+
+
+def _list_folder(folder: Path) -> Iterator[dict[str, Any]]:
+    if not folder.is_dir():
+        raise UsageError(f"source {folder}: no such folder")
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            try:
+                status = os.stat(path)
+            except OSError:
+                # Gone or unreadable between listing and stat: fetch will say so, by error row.
+                yield {"uri": Location(None, path).uri, "size_bytes": None, "etag": None, "modified_at": None}
+                continue
+            yield {
+                "uri": Location(None, path).uri,
+                "size_bytes": status.st_size,
+                "etag": file_etag(status),
+                "modified_at": datetime.fromtimestamp(status.st_mtime, UTC),
+            }
+
+
+def file_etag(status: os.stat_result) -> str:
+    """What stands in for an etag on a local disk."""
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def _list_s3(location: Location, endpoint_url: str | None) -> Iterator[dict[str, Any]]:
+    """Lists the sub-prefixes side by side: one listing after the other is the limit in a large bucket."""
+    prefixes, objects = list_prefixes(location, endpoint_url)
+    with ThreadPoolExecutor(16) as pool:
+        listings = pool.map(lambda prefix: list(list_bucket(prefix, endpoint_url)), prefixes)
+        for entry in itertools.chain(objects, itertools.chain.from_iterable(listings)):
+            yield {
+                "uri": f"s3://{location.bucket}/{entry['Key']}",
+                "size_bytes": entry["Size"],
+                "etag": entry["ETag"].strip('"'),
+                "modified_at": entry["LastModified"],
+            }
+
+
+def _list_table(location: Location, endpoint_url: str | None) -> Iterator[dict[str, Any]]:
+    """A file of uris: column ``uri``, and ``size_bytes``, ``etag``, ``modified_at`` where it has them."""
+    try:
+        body = io.BytesIO(read_object(location, endpoint_url))
+        table = pq.read_table(body) if location.key.endswith(".parquet") else pa.csv.read_csv(body)
+    except FileNotFoundError as error:
+        raise UsageError(f"source {location.uri}: no such file") from error
+    except pa.ArrowException as error:
+        raise UsageError(f"source {location.uri}: cannot be read as a table of uris: {error}") from error
+    if "uri" not in table.column_names:
+        raise UsageError(f"source {location.uri}: no column 'uri' among {table.column_names}")
+    columns = [name for name in ("uri", "size_bytes", "etag", "modified_at") if name in table.column_names]
+    blank = dict.fromkeys(("size_bytes", "etag", "modified_at"))
+    for row in table.select(columns).to_pylist():
+        yield blank | row
+
+
+def build_manifest(
+    rows: Iterable[dict[str, Any]], store: Store, prefix: str, *, salt: str, window: WindowSpec, shard_size: int
+) -> Manifest:
+    """Writes one manifest file per shard below ``prefix``. Zero rows make zero shards."""
+    with tempfile.TemporaryDirectory(prefix="dorfman-manifest-") as folder:
+        _spool(rows, salt, Path(folder))
+        writer = _ShardWriter(store, prefix, shard_size)
+        duplicates = 0
+        last_id = None
+        cutter = _WindowCutter(window)
+        for row in _sorted_rows(Path(folder)):
+            if row["image_id"] == last_id:
+                duplicates += 1
+                continue
+            last_id = row["image_id"]
+            writer.add(row, cutter.next_window(row["size_bytes"] or 0))
+        return Manifest(shards=tuple(writer.close()), duplicates=duplicates)
+
+
+def _spool(rows: Iterable[dict[str, Any]], salt: str, folder: Path) -> None:
+    key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
+    chunks = iter(lambda rows=iter(rows): list(itertools.islice(rows, LISTED_CHUNK)), [])
+    for index, chunk in enumerate(chunks):
+        for row in chunk:
+            row["image_id"] = image_id(row["uri"], row["etag"])
+            digest = hashlib.blake2b(row["image_id"].encode(), key=key, digest_size=8).digest()
+            row["rank"] = int.from_bytes(digest, "big", signed=True)
+        pq.write_table(pa.Table.from_pylist(chunk, LISTED), folder / f"{index:06d}.parquet")
+
+
+def _sorted_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    if not any(folder.iterdir()):
+        return
+    with duckdb.connect(config={"memory_limit": SORT_MEMORY, "temp_directory": str(folder / "sort")}) as connection:
+        query = f"SELECT * FROM '{folder}/*.parquet' ORDER BY rank, image_id, uri"
+        for batch in connection.execute(query).to_arrow_reader(LISTED_CHUNK):
+            yield from batch.to_pylist()
+
+
+class _WindowCutter:
+    def __init__(self, spec: WindowSpec) -> None:
+        self.spec = spec
+        self.window, self.images, self.bytes = 0, 0, 0
+
+    def next_window(self, size_bytes: int) -> int:
+        """The window of the next image."""
+        full = self.images == self.spec.images
+        heavy = self.images > 0 and self.bytes + size_bytes > self.spec.megabytes * 1_000_000
+        if full or heavy:
+            self.window, self.images, self.bytes = self.window + 1, 0, 0
+        self.images += 1
+        self.bytes += size_bytes
+        return self.window
+
+
+class _ShardWriter:
+    """Collects rows until a window ends at or past the wanted shard size."""
+
+    def __init__(self, store: Store, prefix: str, shard_size: int) -> None:
+        self.store, self.prefix, self.shard_size = store, prefix, shard_size
+        self.rows: list[dict[str, Any]] = []
+        self.shards: list[Shard] = []
+        self.ordinal = 0
+
+    def add(self, row: dict[str, Any], window: int) -> None:
+        if len(self.rows) >= self.shard_size and self.rows[-1]["window"] != window:
+            self._flush()
+        del row["rank"]
+        self.rows.append(row | {"ordinal": self.ordinal, "window": window, "shard": len(self.shards)})
+        self.ordinal += 1
+
+    def close(self) -> list[Shard]:
+        if self.rows:
+            self._flush()
+        return self.shards
+
+    def _flush(self) -> None:
+        index = len(self.shards)
+        key = f"{self.prefix}/shard-{index:05d}.parquet"
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(self.rows, MANIFEST), buffer, compression="zstd", row_group_size=ROW_GROUP)
+        self.store.write(key, buffer.getvalue())
+        windows = self.rows[-1]["window"] - self.rows[0]["window"] + 1
+        self.shards.append(Shard(index=index, images=len(self.rows), windows=windows, key=key))
+        self.rows = []

@@ -1,0 +1,232 @@
+"""A stage: one net tests the undecided images of some windows, round after round. Knows nothing of Ray.
+
+Groups are formed inside a window, from the images no earlier stage has cleared, in ordinal order.
+An image that ended in an error keeps its place as a hole. So a verdict depends on the window, the
+plan and the weights alone, and not on which windows share a call.
+
+Shapes: N images, G groups, K categories.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.cost import test_gmac
+from models.group_net import GroupNet, Kept
+from models.training import normalise
+from models.weights import load_net
+from pipeline.plan import StageSpec
+from pipeline.window import Image, Test, Window, Work
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class Group:
+    """One group on its way through the rounds. ``members``: positions in the window, None is a hole."""
+
+    window: Window
+    number: str
+    members: list[int | None]
+
+    @property
+    def images(self) -> list[Image]:
+        images = (self.window.images[position] for position in self.members if position is not None)
+        return [image for image in images if image.outcome is None]
+
+    def split(self, size: int) -> list[Group]:
+        parts = [self.members[start : start + size] for start in range(0, len(self.members), size)]
+        return [Group(self.window, f"{self.number}.{index}", part) for index, part in enumerate(parts)]
+
+
+class GroupStage:
+    """``windows -> windows``. Clears what it finds negative; the final stage flags what it finds positive."""
+
+    def __init__(self, spec: StageSpec, categories: tuple[str, ...], *, final: bool) -> None:
+        self.spec = spec
+        self.final = final
+        self.net, card = load_net(spec.model)
+        check_stage(spec, categories, self.net, card.categories)
+        self.columns = [card.categories.index(category) for category in categories]
+        self.thresholds = np.array([spec.thresholds[category] for category in categories]).T
+        self.gmac = round_gmac(spec, self.net)
+        self.device = torch.device("cuda" if spec.num_gpus else "cpu")
+        self.dtype = DTYPES[spec.dtype]
+        self.net.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if not spec.num_gpus:
+            torch.set_num_threads(max(1, round(spec.num_cpus)))
+
+    @torch.inference_mode()
+    def __call__(self, windows: list[Window]) -> list[Window]:
+        had_pixels = [window.undecided for window in windows]
+        groups = [group for window in windows for group in form_groups(window, self.spec)]
+        kept = Kept()
+        for number, size in enumerate(self.spec.rounds):
+            began = time.perf_counter()
+            entered = [len(window.undecided) for window in windows]
+            if number == 0:
+                logits_GK, batches = self._test(groups, size)
+            else:
+                groups = [part for group in groups for part in group.split(size)]
+                logits_GK = self._retest(kept, size)
+            # A part of a positive group may hold holes only: it has a score, but it is no test.
+            tested = np.array([bool(group.images) for group in groups], dtype=bool)
+            positive = self._judge(number, groups, self._to_scores(logits_GK)) & tested
+            if number + 1 < len(self.spec.rounds):
+                kept = self._keep_positive(batches, positive, size) if number == 0 else _take(kept, positive, size)
+            seconds = time.perf_counter() - began
+            self._account(number, windows, entered, groups, tested, positive, seconds)
+            groups = [group for group, hit in zip(groups, positive, strict=True) if hit]
+        for window, before in zip(windows, had_pixels, strict=True):
+            if self.final:
+                for position in window.undecided:
+                    window.images[position].decide("flagged")
+            window.keep_pixels(before)
+        return windows
+
+    def _test(self, groups: list[Group], size: int) -> tuple[Tensor, list[Kept]]:
+        """Logits (G, K) of the first round, and per device batch what it keeps for later rounds."""
+        logits, batches = [torch.empty(0, self.net.num_categories)], []
+        for images_NCHW, present_N in self._batches(groups, size):
+            logits_GK, features = self.net.test(images_NCHW, present_N, size)
+            logits.append(logits_GK.float().cpu())
+            batches.append(features)
+        return torch.cat(logits)[: len(groups)], batches
+
+    def _retest(self, kept: Kept, size: int) -> Tensor:
+        """Logits (G, K) of a later round, from kept features, in batches of one fixed shape."""
+        logits = [torch.empty(0, self.net.num_categories)]
+        if kept.units:
+            width = max(1, self.spec.batch_images // size)
+            for units_UCHW in kept.units[size].split(width):
+                logits.append(self.net.retest(_pad(units_UCHW, width), size)[: len(units_UCHW)].float().cpu())
+        return torch.cat(logits)
+
+    def _batches(self, groups: list[Group], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Device batches of one fixed shape: images (N, 3, S, S) and which are present (N,)."""
+        side = self.spec.input_size
+        per_batch = self._groups_per_batch(size)
+        windows = {id(group.window): group.window for group in groups}
+        rows = {key: {place: row for row, place in enumerate(windows[key].undecided)} for key in windows}
+        for start in range(0, len(groups), per_batch):
+            pixels = np.zeros((per_batch * size, side, side, 3), np.uint8)
+            present = np.zeros(per_batch * size, bool)
+            for offset, group in enumerate(groups[start : start + per_batch]):
+                assert group.window.pixels is not None
+                for slot, position in enumerate(group.members):
+                    row = None if position is None else rows[id(group.window)].get(position)
+                    if row is not None:
+                        pixels[offset * size + slot] = group.window.pixels[row]
+                        present[offset * size + slot] = True
+            images = normalise(torch.from_numpy(pixels).to(self.device)).to(self.dtype)
+            yield images, torch.from_numpy(present).to(self.device)
+
+    def _groups_per_batch(self, size: int) -> int:
+        return max(1, self.spec.batch_images // size)
+
+    def _keep_positive(self, batches: list[Kept], positive: np.ndarray, size: int) -> Kept:
+        """The features of the first round's positive groups, gathered from its batches."""
+        width = self._groups_per_batch(size)
+        chosen = [
+            _take(features, positive[index * width : (index + 1) * width], size)
+            for index, features in enumerate(batches)
+        ]
+        return Kept.join(chosen) if chosen else Kept()
+
+    def _to_scores(self, logits_GK: Tensor) -> np.ndarray:
+        return torch.sigmoid(logits_GK[:, self.columns]).numpy()
+
+    def _judge(self, number: int, groups: list[Group], scores_GK: np.ndarray) -> np.ndarray:
+        """Records the test with its members, clears those of negative groups; which are positive (G,)."""
+        finite = np.isfinite(scores_GK).all(axis=1)
+        positive = (scores_GK >= self.thresholds[number]).any(axis=1) & finite
+        for group, scores, hit, sound in zip(groups, scores_GK.tolist(), positive, finite, strict=True):
+            images = group.images
+            test = Test(
+                stage=self.spec.name, round=number, group_id=group.number, group_size=len(images), scores=scores
+            )
+            for image in images:
+                image.tests.append(test)
+                if not sound:
+                    image.fail("score_not_finite", f"stage {self.spec.name!r} scored {scores}")
+                elif not hit:
+                    image.decide("cleared")
+        return positive
+
+    def _account(
+        self,
+        number: int,
+        windows: list[Window],
+        entered: list[int],
+        groups: list[Group],
+        tested: np.ndarray,
+        positive: np.ndarray,
+        seconds: float,
+    ) -> None:
+        """One Work entry per window; the seconds of the call are shared out by images."""
+        for window, images_in in zip(windows, entered, strict=True):
+            mine = np.array([group.window is window for group in groups], dtype=bool)
+            tests = int((mine & tested).sum())
+            window.work.append(
+                Work(
+                    operator=self.spec.name,
+                    round=number,
+                    images_in=images_in,
+                    tests=tests,
+                    positive_tests=int((mine & positive).sum()),
+                    images_out=len(window.undecided),
+                    gmac=tests * self.gmac[number],
+                    seconds=seconds * images_in / max(1, sum(entered)),
+                )
+            )
+
+
+def form_groups(window: Window, spec: StageSpec) -> list[Group]:
+    """Groups of the first round with at least one undecided member; the last one is filled with holes."""
+    size = spec.rounds[0]
+    places = [position for position, image in enumerate(window.images) if image.outcome in (None, "error")]
+    groups = []
+    for number, start in enumerate(range(0, len(places), size)):
+        members: list[int | None] = [*places[start : start + size]]
+        members += [None] * (size - len(members))
+        group = Group(window, f"{window.window}.{spec.name}.{number}", members)
+        if group.images:
+            groups.append(group)
+    return groups
+
+
+def _take(kept: Kept, positive: np.ndarray, size: int) -> Kept:
+    rows = torch.from_numpy(np.flatnonzero(positive))
+    features = next(iter(kept.units.values()), None)
+    return kept if features is None else kept.take(rows.to(features.device), size)
+
+
+def _pad(units: Tensor, length: int) -> Tensor:
+    if len(units) == length:
+        return units
+    return torch.cat([units, units.new_zeros(length - len(units), *units.shape[1:])])
+
+
+def round_gmac(spec: StageSpec, net: GroupNet) -> list[float]:
+    """GMAC of one test of each round; later rounds reuse what the first one kept."""
+    first = spec.rounds[0]
+    later = [test_gmac(net, spec.input_size, size, reused_from=first) for size in spec.rounds[1:]]
+    return [test_gmac(net, spec.input_size, first), *later]
+
+
+def check_stage(spec: StageSpec, categories: tuple[str, ...], net: GroupNet, known: tuple[str, ...]) -> None:
+    """Raises ValueError when the net cannot do what the stage asks of it."""
+    missing = set(categories) - set(known)
+    if missing:
+        raise ValueError(f"stage {spec.name!r}: model {spec.model!r} scores {list(known)}, not {sorted(missing)}")
+    impossible = [size for size in spec.rounds if size not in net.group_sizes]
+    if impossible:
+        raise ValueError(
+            f"stage {spec.name!r}: model {spec.model!r} tests groups of {list(net.group_sizes)}, not {impossible}"
+        )

@@ -1,0 +1,217 @@
+"""Where bytes live: ``s3://bucket/prefix`` or a local folder, behind one small store.
+
+obstore moves the bytes (one client for both kinds, conditional PUT included). boto3 finds the
+credentials for it, and lists and fetches what obstore cannot name: see ``is_plain_key``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote, urlsplit
+
+import boto3
+import obstore
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from obstore.auth.boto3 import Boto3CredentialProvider
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import LocalStore, S3Store
+
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+CONNECT_SECONDS = 10
+READ_SECONDS = 60
+# obstore percent-encodes or refuses some legal keys; these pass through it unchanged (a test says so).
+_PLAIN_SEGMENT = re.compile(r"[\w!.'()=@:,+&$; -]+", re.UNICODE)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A parsed uri. ``bucket`` is None for local paths, whose ``key`` is the absolute path."""
+
+    bucket: str | None
+    key: str
+
+    @property
+    def uri(self) -> str:
+        if self.bucket is None:
+            return "file://" + quote(self.key.encode("utf-8", "surrogateescape"))
+        return f"s3://{self.bucket}/{self.key}"
+
+
+def parse_uri(uri: str) -> Location:
+    """``s3://bucket/key`` (the key taken literally), ``file:///quoted/path`` or a local path."""
+    if uri.startswith("s3://"):
+        bucket, _, key = uri[5:].partition("/")
+        if not bucket:
+            raise UsageError(f"{uri!r} names no bucket: write s3://bucket/prefix")
+        return Location(bucket, key)
+    if uri.startswith("file://"):
+        return Location(None, unquote(urlsplit(uri).path, errors="surrogateescape"))
+    if "://" in uri:
+        raise UsageError(f"{uri!r}: only s3:// and local paths can be read and written")
+    return Location(None, str(Path(uri).absolute()))
+
+
+def is_plain_key(key: str) -> bool:
+    """Whether obstore requests exactly this key."""
+    return all(_PLAIN_SEGMENT.fullmatch(part) and part not in {".", ".."} for part in key.split("/"))
+
+
+@lru_cache(maxsize=8)
+def s3_client(endpoint_url: str | None) -> S3Client:
+    """A boto3 client; path-style addresses whenever an endpoint is given, as most servers want."""
+    config = Config(
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
+        retries={"max_attempts": 4, "mode": "standard"},
+        max_pool_connections=64,
+        s3={"addressing_style": "path" if endpoint_url else "auto"},
+    )
+    return boto3.client("s3", endpoint_url=endpoint_url, region_name=region(), config=config)
+
+
+def region() -> str:
+    return boto3.Session().region_name or "us-east-1"
+
+
+@lru_cache(maxsize=64)
+def open_bucket(bucket: str, prefix: str | None, endpoint_url: str | None) -> S3Store:
+    """An obstore client for one bucket, with boto3's credentials."""
+    options: dict[str, Any] = {"endpoint": endpoint_url, "virtual_hosted_style_request": False} if endpoint_url else {}
+    return S3Store(
+        bucket,
+        prefix=prefix or None,
+        region=region(),
+        credential_provider=Boto3CredentialProvider(),
+        client_options={
+            "allow_http": bool(endpoint_url and endpoint_url.startswith("http://")),
+            "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+            "timeout": timedelta(seconds=READ_SECONDS),
+        },
+        retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=60)},
+        **options,
+    )
+
+
+class Store:
+    """The objects below one uri, named by clean relative keys: what the scan itself writes."""
+
+    def __init__(self, uri: str, endpoint_url: str | None = None) -> None:
+        location = parse_uri(uri)
+        self.uri = location.uri.rstrip("/")
+        if location.bucket is None:
+            self._store: S3Store | LocalStore = LocalStore(location.key, mkdir=True)
+        else:
+            self._store = open_bucket(location.bucket, location.key.strip("/"), endpoint_url)
+
+    def uri_of(self, key: str) -> str:
+        return f"{self.uri}/{key}"
+
+    def read(self, key: str) -> bytes:
+        """Raises FileNotFoundError."""
+        return bytes(obstore.get(self._store, key).bytes())
+
+    def write(self, key: str, body: bytes) -> str:
+        """Writes or replaces, whole or not at all; returns the object's uri."""
+        obstore.put(self._store, key, body)
+        return self.uri_of(key)
+
+    def create(self, key: str, body: bytes) -> bool:
+        """Writes unless the object exists (conditional PUT); False when it does."""
+        try:
+            obstore.put(self._store, key, body, mode="create")
+        except (AlreadyExistsError, PreconditionError):
+            return False
+        return True
+
+    def copy(self, source: str, target: str) -> None:
+        obstore.copy(self._store, source, target)
+
+    def delete(self, keys: list[str]) -> None:
+        if keys:
+            obstore.delete(self._store, keys)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Key and size in bytes of every object below a folder."""
+        return {meta["path"]: meta["size"] for chunk in obstore.list(self._store, prefix) for meta in chunk}
+
+
+def check_writable(uri: str, endpoint_url: str | None) -> Store:
+    """Opens an output and writes a probe into it, or says in one line why not."""
+    try:
+        store = Store(uri, endpoint_url)
+        store.write("_state/probe", b"dorfman was here")
+        store.delete(["_state/probe"])
+    except (BaseError, OSError, BotoCoreError) as error:
+        raise UsageError(f"cannot write to {uri}: {reason(error)}") from error
+    return store
+
+
+def list_bucket(location: Location, endpoint_url: str | None) -> Iterator[dict[str, Any]]:
+    """Every object below a prefix, as ``list_objects_v2`` describes it, with its literal key."""
+    assert location.bucket is not None
+    pages = s3_client(endpoint_url).get_paginator("list_objects_v2").paginate(
+        Bucket=location.bucket, Prefix=location.key
+    )
+    try:
+        for page in pages:
+            yield from page.get("Contents", [])
+    except (BotoCoreError, ClientError) as error:
+        raise UsageError(f"cannot list {location.uri}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """The part of a storage error that a person can act on, in one line."""
+    if isinstance(error, ClientError):
+        detail = error.response.get("Error", {})
+        return f"{detail.get('Code', 'error')}: {detail.get('Message', '')}".strip(": ")
+    name = type(error).__name__
+    if name == "NoCredentialsError":
+        return "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
+    text = str(error).split("\n\nDebug source")[0]
+    return " ".join(text.split())[:300] or name
+
+
+def read_object(location: Location, endpoint_url: str | None) -> bytes:
+    """One whole object or file, by its literal name. Raises FileNotFoundError."""
+    if location.bucket is None:
+        return Path(location.key).read_bytes()
+    if is_plain_key(location.key):
+        return bytes(obstore.get(open_bucket(location.bucket, None, endpoint_url), location.key).bytes())
+    return s3_client(endpoint_url).get_object(Bucket=location.bucket, Key=location.key)["Body"].read()
+
+
+def list_prefixes(
+    location: Location, endpoint_url: str | None, wanted: int = 32
+) -> tuple[list[Location], list[dict[str, Any]]]:
+    """Splits a prefix at its ``/`` until there are about ``wanted`` to list side by side.
+
+    Returns the prefixes to list, and the objects met above them.
+    """
+    todo, objects = [location], []
+    for _ in range(4):
+        if not todo or len(todo) >= wanted:
+            break
+        below: list[Location] = []
+        for parent in todo:
+            pages = s3_client(endpoint_url).get_paginator("list_objects_v2").paginate(
+                Bucket=parent.bucket or "", Prefix=parent.key, Delimiter="/"
+            )
+            try:
+                for page in pages:
+                    objects += page.get("Contents", [])
+                    below += [Location(parent.bucket, entry["Prefix"]) for entry in page.get("CommonPrefixes", [])]
+            except (BotoCoreError, ClientError) as error:
+                raise UsageError(f"cannot list {parent.uri}: {reason(error)}") from error
+        todo = below
+    return todo, objects

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -42,8 +43,10 @@ def parse(job: str, config_type: type, arguments: list[str]) -> Any:
     """The configuration. Raises UsageError or CycloptsError; ``--help`` prints and exits 0."""
 
     def build(config: Any) -> Any:
-        return config
+        return config_type() if config is None else config
 
+    if all(field.default is not MISSING or field.default_factory is not MISSING for field in fields(config_type)):
+        build.__defaults__ = (None,)  # no flag given at all
     build.__annotations__ = {"config": Annotated[config_type, Parameter(name="*")]}
     app = App(
         name=f"python -m {job}",
@@ -52,6 +55,7 @@ def parse(job: str, config_type: type, arguments: list[str]) -> Any:
         version_flags=(),
         default_parameter=Parameter(consume_multiple=True, negative_iterable=(), negative_none=()),
         exit_on_error=False,
+        result_action="return_value",
         print_error=False,
     )
     app.default(build)

@@ -95,9 +95,7 @@ def run(config: TrainConfig) -> None:
     except ValueError as error:
         raise RunError(str(error)) from error
     seconds = time.perf_counter() - began
-    rows = measure(
-        net, sets[1], target_recall=config.target_recall, redraws=config.redraws, seed=config.training.seed
-    )
+    rows = measure(net, sets[1], target_recall=config.target_recall, redraws=config.redraws, seed=config.training.seed)
     facts = {
         "data": {"labels": config.labels, "pictures": len(sets[0].labels_NK), "validation": config.validation},
         "training": asdict(config.training) | {"init": config.init, "seconds": round(seconds)},

@@ -33,7 +33,7 @@ def segment_gmac(net: GroupNet, input_size: int) -> dict[str, float]:
     return costs
 
 
-def test_gmac(net: GroupNet, input_size: int, group_size: int, reused_from: int | None = None) -> float:
+def gmac_per_test(net: GroupNet, input_size: int, group_size: int, reused_from: int | None = None) -> float:
     """GMAC of one test of ``group_size``; less when a test of ``reused_from`` has kept its features.
 
     Only the net's own larger test can be reused: then all that is left is the part behind the merge

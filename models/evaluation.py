@@ -25,7 +25,9 @@ def interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[f
     return low, high
 
 
-def measure(net: GroupNet, examples: Examples, *, target_recall: float, redraws: int, seed: int) -> list[dict[str, Any]]:
+def measure(
+    net: GroupNet, examples: Examples, *, target_recall: float, redraws: int, seed: int
+) -> list[dict[str, Any]]:
     """For each group size a threshold fitted on one half of the pictures, judged on the other half.
 
     The threshold is the highest that keeps ``target_recall`` of the first half's positives, each

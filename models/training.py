@@ -29,7 +29,7 @@ class Examples:
         violating = self.labels_NK.any(axis=1)
         for kind, there in (("violating", violating.any()), ("not violating", not violating.all())):
             if not there:
-                raise ValueError(f"none of the {len(violating)} pictures is labelled {kind}: a net needs both")
+                raise ValueError(f"none of the {violating.size} pictures is labelled {kind}: a net needs both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,9 @@ def train(
         target_GK = labels_NK[torch.from_numpy(members_GM)].amax(dim=1)
         loss = functional.binary_cross_entropy_with_logits(net(images_NCHW, present_N, size), target_GK)
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {step}: lower the learning rate of {config.learning_rate}")
+            raise ValueError(
+                f"the loss is {loss.item()} at step {step}: lower the learning rate of {config.learning_rate}"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -179,7 +181,9 @@ def _score_batches(net: GroupNet, pixels: np.ndarray, members_GM: np.ndarray, gr
         yield torch.sigmoid(net(images, present, chunk_GM.shape[1])).float().numpy()
 
 
-def host_positives(labels_N: np.ndarray, size: int, redraws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def host_positives(
+    labels_N: np.ndarray, size: int, redraws: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Groups of ``size`` around every positive, ``redraws`` times with other negatives, and as many without.
 
     Returns members (G, M) whose first is the positive, and members (G, M) of negatives only.

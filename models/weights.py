@@ -38,8 +38,9 @@ class Card:
         return f"{self.name}@{self.sha256[:12]}"
 
 
-def save_net(net: GroupNet, folder: Path, name: str, *, categories: tuple[str, ...], input_size: int,
-             facts: dict[str, Any]) -> Card:
+def save_net(
+    net: GroupNet, folder: Path, name: str, *, categories: tuple[str, ...], input_size: int, facts: dict[str, Any]
+) -> Card:
     """Writes ``name.safetensors`` (float32) and ``name.json`` into ``folder``."""
     body = save_safetensors({key: value.contiguous() for key, value in net.trunk.classifier.state_dict().items()})
     folder.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,11 @@ class _Child:
                 [sys.executable, "-m", "pipeline.decode_child", *map(str, arguments)],
                 pass_fds=(theirs.fileno(), shared.fileno()),
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+                env=os.environ
+                | {
+                    "OPENBLAS_NUM_THREADS": "1",
+                    "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+                },
             )
         self.connection = Connection(ours.detach())
         self.fresh = True

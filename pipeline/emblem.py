@@ -254,7 +254,8 @@ def draw_background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Im
     field = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
     canvas = Image.fromarray(field).resize(size, Image.Resampling.BICUBIC)
     if rng.random() < 0.6:
-        fine = rng.integers(0, 256, (int(rng.integers(12, 90)),) * 2 + (3,), dtype=np.uint8)
+        cells = int(rng.integers(12, 90))
+        fine = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
         texture = Image.fromarray(fine).resize(size, Image.Resampling.BILINEAR)
         canvas = Image.blend(canvas, texture, rng.uniform(0.05, 0.45))
     draw = ImageDraw.Draw(canvas)

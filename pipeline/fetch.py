@@ -9,9 +9,9 @@ import asyncio
 import io
 import os
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypedDict
 
 import obstore
 import pyarrow.parquet as pq
@@ -26,8 +26,7 @@ from pipeline.window import Image, Window, Work
 OPERATOR = "fetch"
 
 
-@dataclass(frozen=True)
-class WindowRef:
+class WindowRef(TypedDict):
     """Where a window stands in the manifest."""
 
     shard: int
@@ -47,9 +46,8 @@ class FetchError(Exception):
 class Fetcher:
     """``refs -> windows``, every image with its payload or with an error."""
 
-    def __init__(self, output: str, output_endpoint_url: str | None, endpoint_url: str | None, limits: Preparation) -> None:
+    def __init__(self, output: str, endpoint_url: str | None, limits: Preparation) -> None:
         self.output = output
-        self.output_endpoint_url = output_endpoint_url
         self.endpoint_url = endpoint_url
         self.limits = limits
 
@@ -57,13 +55,13 @@ class Fetcher:
         return [self._fetch_window(self._read_window(ref)) for ref in refs]
 
     def _read_window(self, ref: WindowRef) -> Window:
-        manifest = _open_manifest(self.output, self.output_endpoint_url, ref.key)
-        rows = _read_rows(manifest, ref.first_row, ref.rows)
+        manifest = _open_manifest(self.output, self.endpoint_url, ref["key"])
+        rows = _read_rows(manifest, ref["first_row"], ref["rows"])
         images = [
             Image(**{name: row[name] for name in ("image_id", "uri", "size_bytes", "etag", "modified_at")})
             for row in rows
         ]
-        return Window(shard=ref.shard, window=ref.window, first_ordinal=rows[0]["ordinal"], images=images)
+        return Window(shard=ref["shard"], window=ref["window"], first_ordinal=rows[0]["ordinal"], images=images)
 
     def _fetch_window(self, window: Window) -> Window:
         began = time.perf_counter()
@@ -164,7 +162,8 @@ def _open_manifest(output: str, endpoint_url: str | None, key: str) -> pq.Parque
 
 def _read_rows(manifest: pq.ParquetFile, first: int, count: int) -> list[dict]:
     """A slice of the file, from the row groups that hold it."""
-    start, groups, offset = 0, [], 0
+    start, offset = 0, 0
+    groups: list[int] = []
     for index in range(manifest.num_row_groups):
         rows = manifest.metadata.row_group(index).num_rows
         if start + rows > first and start < first + count:

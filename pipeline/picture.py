@@ -24,6 +24,11 @@ MAX_PIXELS = 120_000_000
 # result is within 0.2 grey levels of a full decode.
 DRAFT_OVERSAMPLING = 2
 _ORIENTATION_TAG = 0x0112
+# What Pillow's plugins raise on broken files.
+BROKEN_FILE = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, NotImplementedError,
+    ArithmeticError, struct.error, zlib.error,
+)  # fmt: skip
 
 
 class PictureError(Exception):
@@ -60,13 +65,10 @@ def decode_picture(payload: bytes, side: int, max_pixels: int = MAX_PIXELS) -> P
         try:
             pixels = _render(image, side)
         except MemoryError as error:
-            raise PictureError("decode_memory", f"{width} x {height} needs more memory than a decoder may take") from error
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError,
-                TypeError, OverflowError, ZeroDivisionError, AttributeError, NotImplementedError) as error:
-            # Pillow's plugins raise all of these on broken files; the rest would be our own bug.
-            detail = " ".join(str(error).split())[:200] or type(error).__name__
-            code: ErrorCode = "truncated" if "truncated" in detail or "Truncated" in detail else "decode_failed"
-            raise PictureError(code, detail) from error
+            detail = f"{width} x {height} needs more memory than a decoder may take"
+            raise PictureError("decode_memory", detail) from error
+        except BROKEN_FILE as error:
+            raise _broken(error) from error
     return Picture(pixels=pixels, format=image.format or "", width=width, height=height)
 
 
@@ -75,9 +77,13 @@ def _open(payload: bytes) -> Image.Image:
         return Image.open(io.BytesIO(payload), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise PictureError("not_an_image", f"no {', '.join(FORMATS)} file; it begins with {payload[:8]!r}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError,
-            TypeError, OverflowError, AttributeError) as error:
-        raise PictureError("decode_failed", " ".join(str(error).split())[:200] or type(error).__name__) from error
+    except BROKEN_FILE as error:
+        raise _broken(error) from error
+
+
+def _broken(error: Exception) -> PictureError:
+    detail = " ".join(str(error).split())[:200] or type(error).__name__
+    return PictureError("truncated" if "truncated" in detail.lower() else "decode_failed", detail)
 
 
 def _render(image: Image.Image, side: int) -> np.ndarray:

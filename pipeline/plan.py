@@ -45,7 +45,17 @@ class Actors(_Strict):
         return self
 
 
-class StageSpec(_Strict):
+class Pool(_Strict):
+    """The actors that run one operator: how fast verdicts come, never what they are."""
+
+    actors: Actors = Actors()
+    num_cpus: float = Field(default=1.0, ge=0)
+    """Of one actor, and so of its threads and child processes."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    windows_per_call: int = Field(default=1, ge=1)
+
+
+class StageSpec(Pool):
     """One net with its rounds, run by one actor pool."""
 
     name: str
@@ -58,12 +68,8 @@ class StageSpec(_Strict):
     input_size: int = Field(ge=16, le=2048)
     """Side in pixels of the net's input."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    actors: Actors = Actors()
-    num_cpus: float = Field(default=1.0, ge=0)
-    num_gpus: float = Field(default=0.0, ge=0)
-    windows_per_call: int = Field(default=1, ge=1)
     batch_images: int = Field(default=64, ge=1)
-    """Images in one device batch, rounded up to whole groups."""
+    """Images in one device batch, rounded down to whole groups."""
 
     @model_validator(mode="after")
     def _check(self) -> StageSpec:
@@ -89,7 +95,7 @@ class StageSpec(_Strict):
 
 
 class Preparation(_Strict):
-    """How images are fetched and decoded; limits are verdicts too: what exceeds them is an error."""
+    """How images are fetched, decoded and written. Its limits are verdicts too: beyond them is an error."""
 
     max_megabytes: int = Field(default=64, ge=1)
     """Larger objects are not fetched."""
@@ -100,14 +106,11 @@ class Preparation(_Strict):
     decode_gigabytes: float = Field(default=2, gt=0)
     """Address space of one decoder beyond what it has when it starts."""
     fetch_concurrency: int = Field(default=32, ge=1)
-    """Requests in flight in one fetch task."""
-    fetch_cpus: float = Field(default=0.25, gt=0)
-    decoders: Actors = Actors()
-    """Decoder actors, each with one child process."""
-    decode_cpus: float = Field(default=1.0, gt=0)
-    windows_per_call: int = Field(default=1, ge=1)
-    write_windows_per_call: int = Field(default=4, ge=1)
-    write_cpus: float = Field(default=0.25, gt=0)
+    """Requests in flight in one fetch actor."""
+    fetch: Pool = Pool(num_cpus=0.25)
+    decode: Pool = Pool(num_cpus=1.0)
+    """Each actor has one child process that decodes."""
+    write: Pool = Pool(num_cpus=0.1, windows_per_call=4)
 
 
 class Plan(_Strict):
@@ -140,7 +143,7 @@ class Plan(_Strict):
     @property
     def version(self) -> str:
         """Twelve hexadecimal digits that change with whatever can change a verdict."""
-        speed_only = {"actors", "num_cpus", "num_gpus", "windows_per_call", "batch_images"}
+        speed_only = {*Pool.model_fields, "batch_images"}
         limits = {"max_megabytes", "max_megapixels", "decode_seconds", "decode_gigabytes"}
         content = self.model_dump(mode="json", exclude={"preparation", "stages"}) | {
             "limits": self.preparation.model_dump(include=limits),

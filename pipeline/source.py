@@ -14,7 +14,6 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +21,13 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.errors import UsageError
 from pipeline.plan import WindowSpec
 from pipeline.schema import MANIFEST
-from pipeline.storage import Location, Store, list_bucket, list_prefixes, parse_uri, read_object
+from pipeline.storage import Location, Store, list_prefixes, list_side_by_side, parse_uri, read_object
 
 LISTED = pa.schema(
     [MANIFEST.field(name) for name in ("uri", "size_bytes", "etag", "modified_at", "image_id")]
@@ -107,22 +107,20 @@ def file_etag(status: os.stat_result) -> str:
 def _list_s3(location: Location, endpoint_url: str | None) -> Iterator[dict[str, Any]]:
     """Lists the sub-prefixes side by side: one listing after the other is the limit in a large bucket."""
     prefixes, objects = list_prefixes(location, endpoint_url)
-    with ThreadPoolExecutor(16) as pool:
-        listings = pool.map(lambda prefix: list(list_bucket(prefix, endpoint_url)), prefixes)
-        for entry in itertools.chain(objects, itertools.chain.from_iterable(listings)):
-            yield {
-                "uri": f"s3://{location.bucket}/{entry['Key']}",
-                "size_bytes": entry["Size"],
-                "etag": entry["ETag"].strip('"'),
-                "modified_at": entry["LastModified"],
-            }
+    for entry in itertools.chain(objects, list_side_by_side(prefixes, endpoint_url)):
+        yield {
+            "uri": f"s3://{location.bucket}/{entry['Key']}",
+            "size_bytes": entry["Size"],
+            "etag": entry["ETag"].strip('"'),
+            "modified_at": entry["LastModified"],
+        }
 
 
 def _list_table(location: Location, endpoint_url: str | None) -> Iterator[dict[str, Any]]:
     """A file of uris: column ``uri``, and ``size_bytes``, ``etag``, ``modified_at`` where it has them."""
     try:
         body = io.BytesIO(read_object(location, endpoint_url))
-        table = pq.read_table(body) if location.key.endswith(".parquet") else pa.csv.read_csv(body)
+        table = pq.read_table(body) if location.key.endswith(".parquet") else pyarrow.csv.read_csv(body)
     except FileNotFoundError as error:
         raise UsageError(f"source {location.uri}: no such file") from error
     except pa.ArrowException as error:
@@ -156,8 +154,11 @@ def build_manifest(
 
 def _spool(rows: Iterable[dict[str, Any]], salt: str, folder: Path) -> None:
     key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
-    chunks = iter(lambda rows=iter(rows): list(itertools.islice(rows, LISTED_CHUNK)), [])
-    for index, chunk in enumerate(chunks):
+    remaining = iter(rows)
+    for index in itertools.count():
+        chunk = list(itertools.islice(remaining, LISTED_CHUNK))
+        if not chunk:
+            return
         for row in chunk:
             row["image_id"] = image_id(row["uri"], row["etag"])
             digest = hashlib.blake2b(row["image_id"].encode(), key=key, digest_size=8).digest()
@@ -170,7 +171,7 @@ def _sorted_rows(folder: Path) -> Iterator[dict[str, Any]]:
         return
     with duckdb.connect(config={"memory_limit": SORT_MEMORY, "temp_directory": str(folder / "sort")}) as connection:
         query = f"SELECT * FROM '{folder}/*.parquet' ORDER BY rank, image_id, uri"
-        for batch in connection.execute(query).to_arrow_reader(LISTED_CHUNK):
+        for batch in connection.sql(query).to_arrow_reader(LISTED_CHUNK):
             yield from batch.to_pylist()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.cost import test_gmac
+from models.cost import gmac_per_test
 from models.group_net import GroupNet, Kept
 from models.training import normalise
 from models.weights import load_net
@@ -216,8 +216,8 @@ def _pad(units: Tensor, length: int) -> Tensor:
 def round_gmac(spec: StageSpec, net: GroupNet) -> list[float]:
     """GMAC of one test of each round; later rounds reuse what the first one kept."""
     first = spec.rounds[0]
-    later = [test_gmac(net, spec.input_size, size, reused_from=first) for size in spec.rounds[1:]]
-    return [test_gmac(net, spec.input_size, first), *later]
+    later = [gmac_per_test(net, spec.input_size, size, reused_from=first) for size in spec.rounds[1:]]
+    return [gmac_per_test(net, spec.input_size, first), *later]
 
 
 def check_stage(spec: StageSpec, categories: tuple[str, ...], net: GroupNet, known: tuple[str, ...]) -> None:

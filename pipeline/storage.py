@@ -6,12 +6,13 @@ credentials for it, and lists and fetches what obstore cannot name: see ``is_pla
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from queue import Queue
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -27,11 +28,10 @@ from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ObjectTypeDef
 
 CONNECT_SECONDS = 10
 READ_SECONDS = 60
-# obstore percent-encodes or refuses some legal keys; these pass through it unchanged (a test says so).
-_PLAIN_SEGMENT = re.compile(r"[\w!.'()=@:,+&$; -]+", re.UNICODE)
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def parse_uri(uri: str) -> Location:
 
 
 def is_plain_key(key: str) -> bool:
-    """Whether obstore requests exactly this key."""
-    return all(_PLAIN_SEGMENT.fullmatch(part) and part not in {".", ".."} for part in key.split("/"))
+    """Whether obstore can name this key: it refuses empty, ``.`` and ``..`` segments and control characters."""
+    return key.isprintable() and not {"", ".", ".."} & set(key.split("/"))
 
 
 @lru_cache(maxsize=8)
@@ -110,7 +110,7 @@ class Store:
         location = parse_uri(uri)
         self.uri = location.uri.rstrip("/")
         if location.bucket is None:
-            self._store: S3Store | LocalStore = LocalStore(location.key, mkdir=True)
+            self._store: S3Store | LocalStore = LocalStore(location.key, mkdir=True, automatic_cleanup=True)
         else:
             self._store = open_bucket(location.bucket, location.key.strip("/"), endpoint_url)
 
@@ -157,17 +157,49 @@ def check_writable(uri: str, endpoint_url: str | None) -> Store:
     return store
 
 
-def list_bucket(location: Location, endpoint_url: str | None) -> Iterator[dict[str, Any]]:
+def list_bucket(location: Location, endpoint_url: str | None) -> Iterator[ObjectTypeDef]:
     """Every object below a prefix, as ``list_objects_v2`` describes it, with its literal key."""
     assert location.bucket is not None
-    pages = s3_client(endpoint_url).get_paginator("list_objects_v2").paginate(
-        Bucket=location.bucket, Prefix=location.key
+    pages = (
+        s3_client(endpoint_url).get_paginator("list_objects_v2").paginate(Bucket=location.bucket, Prefix=location.key)
     )
     try:
         for page in pages:
             yield from page.get("Contents", [])
     except (BotoCoreError, ClientError) as error:
         raise UsageError(f"cannot list {location.uri}: {reason(error)}") from error
+
+
+def list_side_by_side(prefixes: list[Location], endpoint_url: str | None, threads: int = 16) -> Iterator[ObjectTypeDef]:
+    """Every object below several prefixes, in no order; never more than a few thousand waiting in memory."""
+    waiting: Queue[ObjectTypeDef | Exception | None] = Queue(maxsize=4000)
+    todo = iter(prefixes)
+    lock = Lock()
+
+    def work() -> None:
+        try:
+            while True:
+                with lock:
+                    prefix = next(todo, None)
+                if prefix is None:
+                    break
+                for entry in list_bucket(prefix, endpoint_url):
+                    waiting.put(entry)
+        except UsageError as error:
+            waiting.put(error)
+        waiting.put(None)
+
+    for _ in range(threads):
+        Thread(target=work, daemon=True).start()
+    running = threads
+    while running:
+        entry = waiting.get()
+        if isinstance(entry, Exception):
+            raise entry
+        if entry is None:
+            running -= 1
+        else:
+            yield entry
 
 
 def reason(error: Exception) -> str:
@@ -193,19 +225,22 @@ def read_object(location: Location, endpoint_url: str | None) -> bytes:
 
 def list_prefixes(
     location: Location, endpoint_url: str | None, wanted: int = 32
-) -> tuple[list[Location], list[dict[str, Any]]]:
+) -> tuple[list[Location], list[ObjectTypeDef]]:
     """Splits a prefix at its ``/`` until there are about ``wanted`` to list side by side.
 
     Returns the prefixes to list, and the objects met above them.
     """
-    todo, objects = [location], []
+    todo = [location]
+    objects: list[ObjectTypeDef] = []
     for _ in range(4):
         if not todo or len(todo) >= wanted:
             break
         below: list[Location] = []
         for parent in todo:
-            pages = s3_client(endpoint_url).get_paginator("list_objects_v2").paginate(
-                Bucket=parent.bucket or "", Prefix=parent.key, Delimiter="/"
+            pages = (
+                s3_client(endpoint_url)
+                .get_paginator("list_objects_v2")
+                .paginate(Bucket=parent.bucket or "", Prefix=parent.key, Delimiter="/")
             )
             try:
                 for page in pages:

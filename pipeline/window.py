@@ -132,9 +132,7 @@ def windows_to_table(windows: list[Window]) -> pa.Table:
 def windows_from_table(table: pa.Table) -> list[Window]:
     windows = []
     for row in table.to_pylist():
-        images = [
-            Image(**(image | {"tests": [Test(**test) for test in image["tests"]]})) for image in row["images"]
-        ]
+        images = [Image(**(image | {"tests": [Test(**test) for test in image["tests"]]})) for image in row["images"]]
         side = row["pixels_side"]
         pixels = None if side is None else np.frombuffer(row["pixels"], np.uint8).reshape(-1, side, side, 3)
         windows.append(

@@ -1,0 +1,57 @@
+"""Scans a bucket or folder: ``python -m jobs.scan --source s3://bucket/prefix --output s3://bucket/out``.
+
+Without a source it draws a demo corpus, serves it from an embedded S3-compatible server and scans that.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from rich.console import Console
+
+from jobs.cli import run_job
+from pipeline.demo import demo_corpus
+from pipeline.progress import closing_table
+from pipeline.scan import ScanConfig, run_scan
+from pipeline.storage import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig(ScanConfig):
+    """Scans the images of a bucket or folder for violating ones and writes tables, a run record and a report.
+
+    Without --source it scans a demo corpus from an embedded server. Exit codes: 0 complete, 1 the run
+    failed, 2 wrong usage, configuration or no input.
+    """
+
+    source: str = ""
+    """What to scan: an s3:// prefix, a folder, or a Parquet or CSV file with a column 'uri'. Default: the demo."""
+    demo_images: int = 8000
+    """Pictures in the demo corpus."""
+    demo_prevalence: float = 0.015
+    """Share of them with the emblem."""
+    demo_seed: int = 7
+    """Seed of the demo corpus; training never saw this one."""
+
+
+def run(config: JobConfig) -> None:
+    console = Console()
+    with ExitStack() as stack:
+        if not config.source:
+            console.print(f"drawing {config.demo_images:,} demo pictures into an embedded S3 server")
+            corpus = demo_corpus(config.demo_images, config.demo_prevalence, config.demo_seed)
+            demo = stack.enter_context(corpus)
+            labels = Store(config.output).write("labels.parquet", demo.labels)
+            config = replace(
+                config, source=demo.source, endpoint_url=demo.endpoint_url, labels=labels, report_thumbnails=True
+            )
+        record = run_scan(config)
+    console.print(closing_table(record))
+    console.print(
+        f"tables, run record and report: {config.output}, runs/{record['run_id']}/report.html", soft_wrap=True
+    )
+
+
+if __name__ == "__main__":
+    run_job("jobs.scan", JobConfig, run)

@@ -1,0 +1,218 @@
+"""Exactly once: from attempt files to tables, one shard at a time, by whichever driver comes first.
+
+    OUT/_state/<run_id>/run.json             what the run is: frozen when it starts
+    OUT/_state/<run_id>/manifest/            one file per shard
+    OUT/_state/<run_id>/epochs/000001        one per driver that took the run over
+    OUT/_state/<run_id>/markers/shard-00000  the decision that a shard is done, and with which files
+    OUT/_attempts/<run_id>/                  what the sink wrote; read by nobody but this module
+    OUT/<table>/scan_date=D/<run_id>-shard-00000.parquet
+    OUT/runs/<run_id>.json                   the run record: status complete, written last
+
+A marker is created by conditional PUT and comes before the files it names: it decides which attempt
+counts, and copying that attempt to its name in the table is a step that any driver may repeat. So a
+table never holds a file that no marker names, and two drivers cannot disagree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import defaultdict
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import schema
+from pipeline.errors import RunError, UsageError
+from pipeline.sink import table_bytes
+from pipeline.source import Shard
+from pipeline.storage import Store
+from pipeline.tally import Tally
+
+
+def state_prefix(run_id: str) -> str:
+    return f"_state/{run_id}"
+
+
+def attempts_prefix(run_id: str) -> str:
+    return f"_attempts/{run_id}"
+
+
+def record_key(run_id: str) -> str:
+    return f"runs/{run_id}.json"
+
+
+def read_json(store: Store, key: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(store.read(key))
+    except FileNotFoundError:
+        return None
+
+
+def write_json(store: Store, key: str, content: dict[str, Any]) -> None:
+    store.write(key, json_bytes(content))
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def freeze(store: Store, run_id: str, content: dict[str, Any]) -> None:
+    """Fixes what the run is. Raises UsageError when another driver has just done so."""
+    if not store.create(f"{state_prefix(run_id)}/run.json", json_bytes(content)):
+        raise UsageError(f"run {run_id!r} was started by another driver at this moment; start again to join it")
+
+
+def read_frozen(store: Store, run_id: str) -> dict[str, Any] | None:
+    return read_json(store, f"{state_prefix(run_id)}/run.json")
+
+
+class Ledger:
+    """The driver's view of one run: which shards are done, and the one way to make another one so."""
+
+    def __init__(self, store: Store, run_id: str, scan_date: str, shards: list[Shard]) -> None:
+        self.store = store
+        self.run_id = run_id
+        self.scan_date = scan_date
+        self.shards = {shard.index: shard for shard in shards}
+        self.tally = Tally()
+        self.files: list[dict[str, Any]] = []
+        self.receipts: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        self.epoch = self._take_over()
+        self.done: set[int] = set()
+        self._adopt_markers()
+
+    @property
+    def pending(self) -> list[Shard]:
+        return [shard for index, shard in self.shards.items() if index not in self.done]
+
+    def add(self, receipt: dict[str, Any]) -> Shard | None:
+        """Takes one receipt; commits its shard, and returns it, when that was the last one missing."""
+        shard = self.shards[receipt["shard"]]
+        seen = {window for earlier in self.receipts[shard.index] for window in earlier["windows"]}
+        new = set(receipt["windows"])
+        if shard.index in self.done or new <= seen:
+            return None
+        if new & seen:
+            raise RunError(f"windows {sorted(new & seen)} of shard {shard.index} came twice, in different calls")
+        self.receipts[shard.index].append(receipt)
+        if len(seen | new) < shard.windows:
+            return None
+        self._commit(shard, self.receipts.pop(shard.index))
+        return shard
+
+    def _commit(self, shard: Shard, receipts: list[dict[str, Any]]) -> None:
+        self._check_epoch()
+        tables = {name: self._merge(name, receipts) for name in schema.TABLES}
+        tally = Tally()
+        for receipt in receipts:
+            tally.add_work(receipt["work"])
+        self._reconcile(shard, tables["ledger"], tally)
+        folder = f"{attempts_prefix(self.run_id)}/shard-{shard.index:05d}/merged-{self.epoch:06d}"
+        files = [self._write_merged(shard, folder, name, table) for name, table in tables.items()]
+        marker = {"shard": shard.index, "epoch": self.epoch, "files": files, "tally": tally.to_json()}
+        if not self.store.create(self._marker_key(shard.index), json_bytes(marker)):
+            raise RunError(
+                f"shard {shard.index} of run {self.run_id!r} was committed by another driver; this one stops"
+            )
+        self._publish(files)
+        self._count(shard.index, marker)
+
+    def _merge(self, name: str, receipts: list[dict[str, Any]]) -> pa.Table:
+        parts = [schema.TABLES[name].empty_table()]
+        for receipt in receipts:
+            try:
+                body = self.store.read(f"{receipt['attempt']}/{name}.parquet")
+            except FileNotFoundError:
+                continue  # an attempt has no file for a table without rows
+            parts.append(pq.read_table(io.BytesIO(body)))
+        return pa.concat_tables(parts).sort_by(schema.SORT_KEYS[name])
+
+    def _reconcile(self, shard: Shard, ledger: pa.Table, tally: Tally) -> None:
+        """Rows = distinct ids = manifest rows, the very same ids, and each with an outcome."""
+        manifest = pq.read_table(io.BytesIO(self.store.read(shard.key)), columns=["image_id"])
+        distinct = pc.count_distinct(ledger["image_id"]).as_py()
+        if not ledger.num_rows == distinct == manifest.num_rows == shard.images:
+            raise RunError(
+                f"shard {shard.index} does not add up: {manifest.num_rows} images listed, "
+                f"{ledger.num_rows} ledger rows, {distinct} distinct ids"
+            )
+        if not pc.all(pc.is_in(ledger["image_id"], manifest["image_id"])).as_py():
+            raise RunError(f"shard {shard.index}: the ledger holds images that the manifest does not list")
+        tally.add_outcomes(_value_counts(ledger["outcome"]))
+        tally.add_errors(_value_counts(ledger["error_code"].drop_null()))
+        assert tally.listed == shard.images
+
+    def _write_merged(self, shard: Shard, folder: str, name: str, table: pa.Table) -> dict[str, Any]:
+        body = table_bytes(table)
+        self.store.write(f"{folder}/{name}.parquet", body)
+        return {
+            "attempt": f"{folder}/{name}.parquet",
+            "path": f"{name}/scan_date={self.scan_date}/{self.run_id}-shard-{shard.index:05d}.parquet",
+            "rows": table.num_rows,
+            "bytes": len(body),
+            "sha256": hashlib.sha256(body).hexdigest(),
+        }
+
+    def _publish(self, files: list[dict[str, Any]]) -> None:
+        for file in files:
+            self.store.copy(file["attempt"], file["path"])
+
+    def _count(self, index: int, marker: dict[str, Any]) -> None:
+        self.done.add(index)
+        self.tally.add(Tally.from_json(marker["tally"]))
+        self.files += [{key: file[key] for key in ("path", "rows", "bytes", "sha256")} for file in marker["files"]]
+
+    def _adopt_markers(self) -> None:
+        """Takes committed shards as they are; finishes the copies of a driver that died before it did."""
+        published = {
+            name: self.store.sizes(f"{name}/scan_date={self.scan_date}") for name in schema.TABLES if self.shards
+        }
+        for key in sorted(self.store.sizes(f"{state_prefix(self.run_id)}/markers")):
+            marker = read_json(self.store, key)
+            assert marker is not None
+            missing = [
+                file
+                for file in marker["files"]
+                if published[file["path"].split("/")[0]].get(file["path"]) != file["bytes"]
+            ]
+            self._publish(missing)
+            self._count(marker["shard"], marker)
+
+    def _marker_key(self, index: int) -> str:
+        return f"{state_prefix(self.run_id)}/markers/shard-{index:05d}.json"
+
+    def _take_over(self) -> int:
+        """Creates the next epoch; whoever holds the highest drives the run."""
+        body = json_bytes({"taken_over_at": datetime.now(UTC).isoformat()})
+        epoch = self._latest_epoch() + 1
+        while not self.store.create(self._epoch_key(epoch), body):
+            epoch += 1
+        return epoch
+
+    def _latest_epoch(self) -> int:
+        keys = self.store.sizes(f"{state_prefix(self.run_id)}/epochs")
+        return max((int(key.rsplit("/", 1)[1].removesuffix(".json")) for key in keys), default=0)
+
+    def _epoch_key(self, epoch: int) -> str:
+        return f"{state_prefix(self.run_id)}/epochs/{epoch:06d}.json"
+
+    def is_current(self) -> bool:
+        return self._latest_epoch() == self.epoch
+
+    def _check_epoch(self) -> None:
+        latest = self._latest_epoch()
+        if latest != self.epoch:
+            raise RunError(f"run {self.run_id!r} was taken over by another driver (epoch {latest} after {self.epoch})")
+
+    def sweep_attempts(self) -> None:
+        """Removes this run's attempt files; only for a run whose record says complete."""
+        self.store.delete(list(self.store.sizes(attempts_prefix(self.run_id))))
+
+
+def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
+    return {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}

@@ -1,0 +1,83 @@
+"""The demo: an S3-compatible server on loopback, filled with a corpus, for as long as a scan needs it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from botocore.exceptions import BotoCoreError
+
+from pipeline.corpus import CorpusConfig, make_corpus
+from pipeline.errors import RunError
+from pipeline.storage import Store, s3_client
+
+BUCKET = "dorfman-demo"
+START_SECONDS = 60
+# The embedded server takes any; real ones must not leak into it, nor be needed.
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoCorpus:
+    source: str
+    endpoint_url: str
+    labels: bytes
+
+
+@contextmanager
+def serve_s3() -> Iterator[str]:
+    """An empty server that keeps objects in memory; yields its endpoint url."""
+    os.environ.update(CREDENTIALS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=_die_with_parent,  # noqa: PLW1509  no other thread runs yet
+    )
+    try:
+        endpoint_url = f"http://127.0.0.1:{port}"
+        _wait_until_up(endpoint_url, process)
+        yield endpoint_url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _wait_until_up(endpoint_url: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            s3_client(endpoint_url).list_buckets()
+            return
+        except BotoCoreError:
+            time.sleep(0.2)
+    raise RunError("the embedded S3 server did not start; is moto[server] installed? (pip install 'dorfman[demo]')")
+
+
+@contextmanager
+def demo_corpus(images: int, prevalence: float, seed: int) -> Iterator[DemoCorpus]:
+    """The corpus of this seed in a bucket of its own."""
+    with serve_s3() as endpoint_url:
+        s3_client(endpoint_url).create_bucket(Bucket=BUCKET)
+        source = f"s3://{BUCKET}/pictures"
+        config = CorpusConfig(output=source, images=images, prevalence=prevalence, seed=seed, endpoint_url=endpoint_url)
+        make_corpus(config)
+        labels = Store(source, endpoint_url).read("labels.parquet")
+        yield DemoCorpus(source=source + "/", endpoint_url=endpoint_url, labels=labels)

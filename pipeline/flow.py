@@ -1,0 +1,106 @@
+"""The pipeline as Ray Data sees it: manifest, fetch, decode, stages, sink. The only file that imports it."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from pipeline.decode import Decoder
+from pipeline.fetch import Fetcher
+from pipeline.plan import Plan, Pool
+from pipeline.rows import Operator, RefsToWindows, WindowsToReceipts, WindowsToWindows
+from pipeline.sink import Sink
+from pipeline.source import Shard
+from pipeline.stages import GroupStage
+from pipeline.storage import Store
+
+NO_PROGRESS_SECONDS = 300
+MAX_SOURCE_BLOCKS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where the scan's own files are, and under which names attempts are written."""
+
+    output: str
+    endpoint_url: str | None
+    attempts: str
+    run_id: str
+    models: dict[str, tuple[str, str]]
+
+
+def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dict[str, Any]]:
+    """Receipts, as the sink writes them. Every operator sees a table of windows, one row each."""
+    _configure()
+    store = (destination.output, destination.endpoint_url)
+    preparation = plan.preparation
+    windows = _apply(_source(refs), RefsToWindows, preparation.fetch, Fetcher, *store, preparation)
+    for stage in plan.stages:
+        if stage.name in decode_points(plan):
+            operator = f"decode:{stage.name}"
+            windows = _apply(
+                windows, WindowsToWindows, preparation.decode, Decoder, operator, stage.input_size, preparation
+            )
+        final = stage is plan.stages[-1]
+        windows = _apply(windows, WindowsToWindows, stage, GroupStage, stage, plan.categories, final=final)
+    sink = (store, destination.attempts, destination.run_id, plan, destination.models)
+    yield from _apply(windows, WindowsToReceipts, preparation.write, Sink, *sink).iter_rows()
+
+
+def _apply(data: Dataset, adapter: type[Operator], pool: Pool, build: Callable, *args: Any, **options: Any) -> Dataset:
+    """One operator: an actor pool that calls ``build(*args, **options)`` with batches of windows."""
+    return data.map_batches(
+        adapter,
+        fn_constructor_args=(build, args, options),
+        batch_size=pool.windows_per_call,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+        compute=ActorPoolStrategy(min_size=pool.actors.min, max_size=pool.actors.max),
+    )
+
+
+def decode_points(plan: Plan) -> list[str]:
+    """Stages with a decode operator before them: those that want another size than the pixels have."""
+    sizes = [None, *(stage.input_size for stage in plan.stages)]
+    return [stage.name for stage, before in zip(plan.stages, sizes, strict=False) if stage.input_size != before]
+
+
+def window_refs(store: Store, shards: list[Shard]) -> pa.Table:
+    """Where each window of these shards stands in the manifest: a few bytes a window."""
+    columns: dict[str, list] = {name: [] for name in ("shard", "window", "key", "first_row", "rows")}
+    for shard in shards:
+        windows = pq.read_table(io.BytesIO(store.read(shard.key)), columns=["window"])["window"].to_numpy()
+        values, first, counts = np.unique(windows, return_index=True, return_counts=True)
+        columns["shard"] += [shard.index] * len(values)
+        columns["window"] += values.tolist()
+        columns["key"] += [shard.key] * len(values)
+        columns["first_row"] += first.tolist()
+        columns["rows"] += counts.tolist()
+    return pa.table(columns)
+
+
+def _source(refs: pa.Table) -> Dataset:
+    # One table would be one block, and so one task for everything.
+    rows = math.ceil(refs.num_rows / MAX_SOURCE_BLOCKS)
+    return ray.data.from_arrow([refs.slice(start, rows) for start in range(0, refs.num_rows, rows)])
+
+
+def _configure() -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # A block that fails must fail the run: losing it silently would lose its images.
+    context.max_errored_blocks = 0
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS

@@ -1,0 +1,132 @@
+"""What a person sees while a scan runs: a live table on a terminal, a quiet line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from pipeline.plan import Plan
+from pipeline.tally import Tally, stage_rows
+
+LINE_SECONDS = 15
+
+
+class Progress:
+    """Counts receipts: every number shown has reached the sink."""
+
+    def __init__(self, plan: Plan, listed: int, committed_before: int, console: Console | None = None) -> None:
+        self.plan = plan
+        self.listed = listed
+        self.before = committed_before
+        self.console = console or Console()
+        self.tally = Tally()
+        self.began = self.last_line = time.perf_counter()
+        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self.before:
+            self.console.print(f"going on: {self.before:,} of {self.listed:,} images were committed before")
+        if self.live:
+            self.live.start()
+            self.live.update(self._table(), refresh=True)
+        else:
+            self.console.print(f"scanning {self.listed - self.before:,} images")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.live.stop()
+
+    def add(self, receipt: dict[str, Any]) -> None:
+        self.tally.add_outcomes({entry["outcome"]: entry["images"] for entry in receipt["outcomes"]})
+        self.tally.add_work(receipt["work"])
+        if self.live:
+            self.live.update(self._table(), refresh=True)
+        elif time.perf_counter() - self.last_line > LINE_SECONDS:
+            self.last_line = time.perf_counter()
+            self.console.print(self._line(), highlight=False)
+
+    def committed(self, shard: int, done: int, shards: int) -> None:
+        if not self.live and shards > 1:
+            self.console.print(f"shard {shard} committed ({done} of {shards})", highlight=False)
+
+    def _line(self) -> str:
+        done = self.before + self.tally.listed
+        stages = ", ".join(
+            f"{row['name']} {row['images_in']:,} -> {row['images_out']:,}" for row in stage_rows(self.tally, self.plan)
+        )
+        errors = self.tally.outcomes["error"]
+        return f"{done:,} of {self.listed:,} images, {self._rate():.0f}/s; {stages}; errors {errors:,}"
+
+    def _rate(self) -> float:
+        return self.tally.listed / (time.perf_counter() - self.began)
+
+    def _table(self) -> Table:
+        done = self.before + self.tally.listed
+        table = Table(title=f"{done:,} of {self.listed:,} images, {self._rate():.0f}/s", title_justify="left")
+        for column in ("step", "images in", "tests", "positive", "images out"):
+            table.add_column(column, justify="left" if column == "step" else "right")
+        for operator in ("fetch", "decode"):
+            work = self.tally.operators(operator)
+            table.add_row(operator, f"{work['images_in']:,.0f}", "", "", f"{work['images_out']:,.0f}")
+        for row in stage_rows(self.tally, self.plan):
+            for work in row["rounds"]:
+                table.add_row(
+                    f"{row['name']}, groups of {work['group_size']}",
+                    f"{work['images_in']:,.0f}",
+                    f"{work['tests']:,.0f}",
+                    f"{work['positive_tests']:,.0f}",
+                    f"{work['images_out']:,.0f}",
+                )
+        return table
+
+
+def closing_table(record: dict[str, Any]) -> Table:
+    """What the run came to, from its record."""
+    table = Table(title=f"run {record['run_id']}: {record['status']}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, images in record["counts"].items():
+        table.add_row(name, f"{images:,}")
+    for code, images in sorted(record["errors"].items()):
+        table.add_row(f"  {code}", f"{images:,}")
+    table.add_section()
+    for stage in record["stages"]:
+        for work in stage["rounds"]:
+            label = f"{stage['name']}, groups of {work['group_size']}"
+            table.add_row(
+                label, f"{work['images_in']:,.0f} images, {work['tests']:,.0f} tests, {work['gmac']:,.1f} GMAC"
+            )
+    cost = record["relative_cost"]
+    table.add_row(
+        "cost relative to testing every image alone", "no image was tested" if cost is None else f"{cost:.3f}"
+    )
+    table.add_section()
+    if record["quality"]:
+        for row in _quality_rows(record["quality"]):
+            table.add_row(*row)
+        table.add_section()
+    table.add_row("seconds", f"{record['seconds']:.1f}, of them {record['startup_seconds']:.1f} to the first result")
+    table.add_row("images/s", f"{record['images_per_s']:.0f}")
+    return table
+
+
+def _quality_rows(quality: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, label, count in (
+        ("recall", "recall", f"{quality['positives']:,} violating images"),
+        ("false_positive_rate", "false-positive rate", f"{quality['negatives']:,} others"),
+    ):
+        if quality[name] is None:
+            rows.append((label, f"unknown: {count}"))
+            continue
+        low, high = quality[f"{name}_interval"]
+        rows.append((label, f"{quality[name]:.4f} [{low:.4f}, {high:.4f}] of {count}"))
+    return rows

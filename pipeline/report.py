@@ -1,0 +1,281 @@
+"""The report of a run: one HTML page that needs nothing but itself.
+
+Whoever can upload chooses file names, so the page treats every value as hostile: each one is escaped,
+no script is on the page, and a Content-Security-Policy forbids any request and any script.
+Tables are read back one file at a time; what is kept of them is histograms and the top of the list.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError, ClientError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from obstore.exceptions import BaseError
+from PIL import Image as PillowImage
+
+from pipeline import schema
+from pipeline.decode import Decoder
+from pipeline.plan import Plan, StageSpec
+from pipeline.storage import Store, parse_uri, read_object, reason
+from pipeline.window import Image, Window
+
+TOP_FLAGGED = 100
+TOP_COLUMNS = ["image_id", "source_uri", "size_bytes", "category", "score", "threshold", "decided_stage"]
+TOP_ORDER = [("score", "descending"), ("image_id", "ascending"), ("category", "ascending")]
+MISSED_SHOWN = 20
+THUMBNAIL_SIDE = 128
+
+# Bins are even in log-odds: on the plain scale nearly every score would fall into the first or last.
+LOGIT_LIMIT = 10.0
+SCORE_TICKS = (0.0001, 0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+# The size of a chart's plot, in the units that the template draws in.
+PLOT_WIDTH, PLOT_HEIGHT = 400.0, 110.0
+BIN_WIDTH = 8.0
+# Bars whose shortest would be under this share of the longest are drawn on a log scale.
+LINEAR_SHARE = 0.02
+
+ERROR_CODES = {
+    "fetch_not_found": "The object was gone when it was to be fetched.",
+    "fetch_denied": "The storage refused access to the object.",
+    "fetch_failed": "The object could not be fetched, in spite of retries.",
+    "fetch_short": "Fewer or more bytes came than were listed.",
+    "fetch_changed": "The object was replaced after it had been listed.",
+    "too_large": "The object has more bytes than the plan allows (max_megabytes).",
+    "empty": "The object has no bytes.",
+    "not_an_image": "The content is of none of the formats that are decoded, whatever the name says.",
+    "too_many_pixels": "The picture has more pixels than the plan allows (max_megapixels).",
+    "truncated": "The file ends before the picture does.",
+    "decode_failed": "The file is damaged, or of a variant that the decoder does not know.",
+    "decode_memory": "Decoding needed more memory than the plan allows (decode_gigabytes).",
+    "decode_timeout": "Decoding took longer than the plan allows (decode_seconds); the decoder was killed.",
+    "decode_crash": "The decoder died on the file.",
+    "score_not_finite": "A net gave a score that is no number, for the image or for its group.",
+}
+
+
+def write_report(
+    store: Store, record: dict[str, Any], plan: Plan, endpoint_url: str | None, *, thumbnails: bool
+) -> str:
+    """Writes ``runs/<run_id>/report.html`` from a complete run's record and tables; returns its uri.
+
+    ``thumbnails`` fetches the flagged pictures it shows once more; what cannot be shown says why.
+    """
+    scores, best = Scores(plan.stages), schema.FLAGGED.empty_table().select(TOP_COLUMNS)
+    for path in _paths(record, "ledger"):
+        columns = ["decided_stage", "decided_round", "group_score"]
+        scores.add("cleared", _read(store, path, columns, pc.field("outcome") == "cleared"))
+    for path in _paths(record, "flagged"):
+        table = _read(store, path, [*TOP_COLUMNS, "stages"])
+        history = pa.Table.from_struct_array(pc.list_flatten(table["stages"]))
+        scores.add("flagged", history.select(["stage", "round", "score"]))
+        best = pa.concat_tables([best, table.select(TOP_COLUMNS)])
+        best = best.take(pc.select_k_unstable(best, TOP_FLAGGED, TOP_ORDER))
+    top = best.to_pylist()
+    funnel, funnel_scale = _bars(list(_funnel(record)), ("images_in", "images_out"))
+    page = _environment().get_template("report.html.j2").render(
+        record=record,
+        plan=plan,
+        counts=record["counts"],
+        individual_gmac_total=record["stages"][0]["images_in"] * record["individual_gmac"],
+        funnel=funnel,
+        funnel_scale=funnel_scale,
+        charts=list(scores.charts()),
+        score_ticks=[(f"{score:g}", float(_axis(score))) for score in SCORE_TICKS],
+        plot=(PLOT_WIDTH, PLOT_HEIGHT),
+        errors=sorted(record["errors"].items(), key=lambda item: (-item[1], item[0])),
+        error_codes=ERROR_CODES,
+        times=list(_times(record)),
+        tables=list(schema.TABLES),
+        missed_shown=MISSED_SHOWN,
+        top=top,
+        thumbnails=_thumbnails(top, plan, endpoint_url) if True else None,
+    )  # fmt: skip
+    return store.write(f"runs/{record['run_id']}/report.html", page.encode())
+
+
+def _paths(record: dict[str, Any], table: str) -> list[str]:
+    return [file["path"] for file in record["files"] if file["path"].startswith(f"{table}/") and file["rows"]]
+
+
+def _read(store: Store, path: str, columns: list[str], rows: pc.Expression | None = None) -> pa.Table:
+    return pq.read_table(io.BytesIO(store.read(path)), columns=columns, filters=rows)
+
+
+class Scores:
+    """How many cleared and how many flagged images had which score, by stage and round."""
+
+    def __init__(self, stages: tuple[StageSpec, ...]) -> None:
+        self.rounds = [(stage, number) for stage in stages for number in range(len(stage.rounds))]
+        # A threshold is an edge, so that no bar holds scores of both its sides.
+        self.edges = [_edges(next(iter(stage.thresholds.values()))[number]) for stage, number in self.rounds]
+        self.counts = [
+            {kind: np.zeros(len(edges) - 1, np.int64) for kind in ("cleared", "flagged")} for edges in self.edges
+        ]
+
+    def add(self, kind: str, table: pa.Table) -> None:
+        """``table``: columns of stage, round and score, in this order."""
+        stage, number, _ = (pc.field(name) for name in table.column_names)
+        for (spec, index), edges, counts in zip(self.rounds, self.edges, self.counts, strict=True):
+            mine = table.filter((stage == spec.name) & (number == index))
+            counts[kind] += np.histogram(_axis(mine[2].to_numpy()), edges)[0]
+
+    def charts(self) -> Iterator[dict[str, Any]]:
+        """One chart a round, all with the same axis of counts."""
+        most = max(int(bins.max()) for counts in self.counts for bins in counts.values())
+        decades = max(1, math.ceil(math.log10(max(1, most))))
+        for (stage, number), edges, counts in zip(self.rounds, self.edges, self.counts, strict=True):
+            limits = {category: values[number] for category, values in stage.thresholds.items()}
+            yield {
+                "stage": stage.name,
+                "round": number,
+                "group_size": stage.rounds[number],
+                "totals": {kind: int(bins.sum()) for kind, bins in counts.items()},
+                "bars": {kind: list(_columns(bins, edges, decades)) for kind, bins in counts.items()},
+                "count_ticks": [(10**power, _height(10**power, decades)) for power in range(decades + 1)],
+                "thresholds": [(category, limit, float(_axis(limit))) for category, limit in limits.items()],
+            }
+
+
+def _axis(score: Any) -> Any:
+    """Where scores stand on the axis, in plot units; those beyond its ends stand at them."""
+    inside = np.clip(np.asarray(score, np.float64), 1e-9, 1 - 1e-9)
+    return ((np.log(inside / (1 - inside)) / LOGIT_LIMIT).clip(-1, 1) + 1) / 2 * PLOT_WIDTH
+
+
+def _edges(threshold: float) -> np.ndarray:
+    """Bins of one width from the threshold outwards; the first and the last end with the axis."""
+    inner = np.arange(_axis(threshold) % BIN_WIDTH, PLOT_WIDTH, BIN_WIDTH)
+    inner = inner[(inner > BIN_WIDTH / 2) & (inner < PLOT_WIDTH - BIN_WIDTH / 2)]
+    return np.concatenate([[0.0], inner, [PLOT_WIDTH]])
+
+
+def _height(count: int, decades: int) -> float:
+    """Log scale from a half, so that a single image has a bar, to the decade above the highest count."""
+    return PLOT_HEIGHT * math.log(2 * count) / math.log(2 * 10**decades)
+
+
+def _columns(bins: np.ndarray, edges: np.ndarray, decades: int) -> Iterator[dict[str, Any]]:
+    scores = 1 / (1 + np.exp(LOGIT_LIMIT * (1 - 2 * edges / PLOT_WIDTH)))
+    scores[[0, -1]] = 0, 1
+    for index in np.flatnonzero(bins).tolist():
+        count = int(bins[index])
+        yield {
+            "x": edges[index],
+            "width": edges[index + 1] - edges[index],
+            "height": _height(count, decades),
+            "count": count,
+            "low": scores[index],
+            "high": scores[index + 1],
+        }
+
+
+def _funnel(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every step that can decide an image, in the order of the pipeline."""
+    operators = {row["operator"]: row for row in record["operators"]}
+    if "fetch" in operators:
+        yield {"name": "fetch"} | operators["fetch"]
+    for stage in record["stages"]:
+        decode = f"decode:{stage['name']}"
+        if decode in operators:
+            yield {"name": f"decode for {stage['name']}"} | operators[decode]
+        for number, work in enumerate(stage["rounds"]):
+            yield {"name": f"{stage['name']}, round {number + 1}"} | work
+
+
+def _times(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row an operator, a stage's rounds together."""
+    stages = [{"operator": stage["name"]} | stage for stage in record["stages"]]
+    names = {stage["operator"] for stage in stages}
+    rows = [row for row in record["operators"] if row["operator"] not in names] + stages
+    whole = sum(row["seconds"] for row in rows) or 1
+    for row in rows:
+        yield row | {"share": row["seconds"] / whole}
+
+
+def _bars(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], str]:
+    """The rows with ``<key>_bar``, a length in percent, and the scale: linear where its bars can be read."""
+    values = [row[key] for row in rows for key in keys if row[key]]
+    most = max(values, default=1)
+    linear = min(values, default=1) / most >= LINEAR_SHARE
+    for row in rows:
+        for key in keys:
+            share = row[key] / most if linear else math.log1p(row[key]) / math.log1p(most)
+            row[f"{key}_bar"] = round(100 * share, 2)
+    return rows, "linear" if linear else "log"
+
+
+def _thumbnails(top: list[dict[str, Any]], plan: Plan, endpoint_url: str | None) -> list[dict[str, str | None]]:
+    """For each row a data URI, or the reason why there is none."""
+    # The file may be another one by now, so it is decoded where it can do no harm: not in this process.
+    decoder = Decoder("report", THUMBNAIL_SIDE, plan.preparation)
+    return [_thumbnail(row, decoder, endpoint_url) for row in top]
+
+
+def _thumbnail(row: dict[str, Any], decoder: Decoder, endpoint_url: str | None) -> dict[str, str | None]:
+    try:
+        payload = read_object(parse_uri(row["source_uri"]), endpoint_url)
+    except FileNotFoundError:
+        return {"data": None, "problem": "gone since the scan"}
+    except (BaseError, BotoCoreError, ClientError, OSError, ValueError) as error:
+        # The scan is done and stands: no picture is worth losing its report.
+        return {"data": None, "problem": f"not fetched: {reason(error)}"}
+    if row["size_bytes"] not in (None, len(payload)):
+        return {"data": None, "problem": "changed since the scan"}
+    image = Image(image_id=row["image_id"], uri=row["source_uri"], payload=payload)
+    (window,) = decoder([Window(shard=0, window=0, first_ordinal=0, images=[image])])
+    if window.pixels is None:
+        return {"data": None, "problem": f"not decoded: {image.error_code}"}
+    buffer = io.BytesIO()
+    PillowImage.fromarray(window.pixels[0]).save(buffer, "JPEG", quality=85)
+    return {"data": "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), "problem": None}
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "percent": _percent, "duration": _duration, "when": _when}
+    return environment
+
+
+def _visible(value: Any) -> Any:
+    """Control characters and marks that turn the direction of text, as escapes: a name must not look like another."""
+    if type(value) is not str or value.isprintable():
+        return value
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in value)
+
+
+def _number(value: float) -> str:
+    """Whole numbers and thousands in full, else three digits."""
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4f} %" if 0 < share < 0.001 else f"{100 * share:.2f} %"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _when(moment: str) -> str:
+    return f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M:%S} UTC"

@@ -1,0 +1,313 @@
+"""One scan from its configuration to its run record: preflight, manifest, stream, commit, report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import ray
+from botocore.exceptions import BotoCoreError, ClientError
+from obstore.exceptions import BaseError
+from ray.autoscaler.sdk import request_resources
+
+from models.cost import gmac_per_test
+from models.weights import load_net
+from pipeline import commit
+from pipeline.commit import Ledger
+from pipeline.errors import RunError, UsageError
+from pipeline.examples import read_labels
+from pipeline.flow import Destination, decode_points, stream, window_refs
+from pipeline.plan import Plan, load_plan
+from pipeline.progress import Progress
+from pipeline.quality import judge_run
+from pipeline.report import write_report
+from pipeline.source import Manifest, Shard, build_manifest, list_source
+from pipeline.stages import check_stage
+from pipeline.storage import Store, check_writable, parse_uri, reason
+from pipeline.tally import relative_cost, stage_rows
+
+# How long a cluster may take to grow from nothing to the pools' minimum.
+SCALE_UP_SECONDS = 600
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanConfig:
+    """Scans the images of a bucket or folder for violating ones and writes tables, a run record and a report."""
+
+    source: str
+    """What to scan: an s3:// prefix, a folder, or a Parquet or CSV file with a column 'uri'."""
+    output: str = "out"
+    """Where tables and records go: an s3:// prefix or a folder."""
+    endpoint_url: str | None = None
+    """Address of an S3-compatible server for source and output; without it AWS is meant."""
+    plan: str = "emblem"
+    """A shipped plan by name, or the path of a plan file."""
+    labels: str | None = None
+    """Labels file (Parquet: uri, category, label) to report recall and false-positive rate against."""
+    run_id: str | None = None
+    """Name of the run; give the name of an unfinished run to go on with it. Default: date and time."""
+    shard_size: int = 1_000_000
+    """Images in one shard, the unit of commit and of resume; rounded up to whole windows."""
+    exclude: tuple[str, ...] = ("_*", ".*", "*.parquet")
+    """Objects whose base name matches one of these patterns are not listed."""
+    salt: str | None = None
+    """Fixes the order in which images are grouped, so that a scan can be repeated. Default: random."""
+    report_thumbnails: bool = False
+    """Show flagged pictures in the report. Reports travel, and real ones would carry what must not."""
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise UsageError(f"shard size is {self.shard_size}, but a shard needs at least 1 image")
+        if self.run_id is not None and not RUN_ID.fullmatch(self.run_id):
+            raise UsageError(f"run id {self.run_id!r} may hold letters, digits, '.', '_' and '-' only, up to 100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """What the run must know of the plan's nets: by stage (version, sha256), and the last one's cost alone."""
+
+    versions: dict[str, tuple[str, str]]
+    individual_gmac: float
+
+    @property
+    def weights_sha256(self) -> dict[str, str]:
+        return {stage: digest for stage, (_, digest) in self.versions.items()}
+
+
+def check_models(plan: Plan) -> Models:
+    """Loads every net once, here, so that a missing or unfit one is a clear line and not a dead actor."""
+    versions = {}
+    try:
+        for stage in plan.stages:
+            net, card = load_net(stage.model)
+            check_stage(stage, plan.categories, net, card.categories)
+            versions[stage.name] = (card.version, card.sha256)
+    except ValueError as error:
+        raise UsageError(f"plan {plan.name!r}: {error}") from error
+    return Models(versions=versions, individual_gmac=gmac_per_test(net, plan.stages[-1].input_size, 1))
+
+
+def run_scan(config: ScanConfig) -> dict[str, Any]:
+    """Runs or resumes a scan and returns its run record.
+
+    Raises UsageError before anything has begun and RunError afterwards.
+    """
+    began = time.perf_counter()
+    plan = load_plan(config.plan)
+    models = check_models(plan)
+    labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
+    _check_apart(config)
+    store = check_writable(config.output, config.endpoint_url)
+    run_id = config.run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
+    record = commit.read_json(store, commit.record_key(run_id))
+    if record and record["status"] == "complete":
+        return record
+    frozen = commit.read_frozen(store, run_id)
+    if frozen is None:
+        frozen = _start(config, store, run_id, plan, models)
+    _check_same_run(frozen, config, run_id, plan, models)
+    return _drive(config, store, run_id, frozen, plan, models, labels, began)
+
+
+def _check_apart(config: ScanConfig) -> None:
+    source, output = (parse_uri(uri).uri.rstrip("/") + "/" for uri in (config.source, config.output))
+    if output.startswith(source):
+        raise UsageError(f"output {config.output} lies inside source {config.source}: it would be scanned")
+
+
+def _start(config: ScanConfig, store: Store, run_id: str, plan: Plan, models: Models) -> dict[str, Any]:
+    """Lists the source and freezes the run: what it scans, in which order, and with what."""
+    salt = config.salt or secrets.token_hex(16)
+    # A folder of its own: two drivers that start one run at once must not write over each other.
+    prefix = f"{commit.state_prefix(run_id)}/manifest-{uuid.uuid4().hex[:8]}"
+    manifest = build_manifest(
+        list_source(config.source, config.exclude, config.endpoint_url),
+        store,
+        prefix,
+        salt=salt,
+        window=plan.window,
+        shard_size=config.shard_size,
+    )
+    if not manifest.images:
+        raise UsageError(f"source {config.source} holds no images (patterns left out: {', '.join(config.exclude)})")
+    frozen = {
+        "run_id": run_id,
+        "source": config.source,
+        "exclude": list(config.exclude),
+        "salt": salt,
+        "scan_date": datetime.now(UTC).date().isoformat(),
+        "started_at": datetime.now(UTC).isoformat(),
+        "plan": plan.model_dump(mode="json"),
+        "plan_version": plan.version,
+        "weights_sha256": models.weights_sha256,
+        **_manifest_json(manifest),
+    }
+    commit.freeze(store, run_id, frozen)
+    return frozen
+
+
+def _manifest_json(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "listed": manifest.images,
+        "duplicates": manifest.duplicates,
+        "shards": [asdict(shard) for shard in manifest.shards],
+    }
+
+
+def _check_same_run(frozen: dict[str, Any], config: ScanConfig, run_id: str, plan: Plan, models: Models) -> None:
+    """A resumed run goes on with the source, plan and weights it was started with, or not at all."""
+    for what, then, now in (
+        ("source", frozen["source"], config.source),
+        ("plan version", frozen["plan_version"], plan.version),
+        ("weights", frozen["weights_sha256"], models.weights_sha256),
+    ):
+        if then != now:
+            raise UsageError(f"run {run_id!r} was started with {what} {then}, not {now}; give another --run-id")
+
+
+def _drive(
+    config: ScanConfig,
+    store: Store,
+    run_id: str,
+    frozen: dict[str, Any],
+    plan: Plan,
+    models: Models,
+    labels: pa.Table | None,
+    began: float,
+) -> dict[str, Any]:
+    ledger = Ledger(store, run_id, frozen["scan_date"], [Shard(**shard) for shard in frozen["shards"]])
+    record = _record(frozen, "running")
+    commit.write_json(store, commit.record_key(run_id), record)
+    with _failing_by_name(store, run_id, frozen, ledger):
+        startup = None
+        with Progress(plan, frozen["listed"], ledger.tally.listed) as progress:
+            if ledger.pending:
+                with _ray(plan):
+                    destination = Destination(
+                        output=config.output,
+                        endpoint_url=config.endpoint_url,
+                        attempts=commit.attempts_prefix(run_id),
+                        run_id=run_id,
+                        models=models.versions,
+                    )
+                    for receipt in stream(plan, window_refs(store, ledger.pending), destination):
+                        startup = startup or time.perf_counter() - began
+                        progress.add(receipt)
+                        shard = ledger.add(receipt)
+                        if shard is not None:
+                            progress.committed(shard.index, len(ledger.done), len(ledger.shards))
+        if ledger.pending:
+            raise RunError(f"{len(ledger.pending)} shards were not finished though the stream has ended")
+        quality = None
+        if labels is not None:
+            paths = [file["path"] for file in ledger.files if file["path"].startswith("ledger/")]
+            quality = judge_run(store, paths, labels).to_json()
+        seconds = time.perf_counter() - began
+        record |= {
+            "status": "complete",
+            "finished_at": datetime.now(UTC).isoformat(),
+            "counts": {"listed": ledger.tally.listed, **ledger.tally.outcomes},
+            "errors": ledger.tally.errors,
+            "operators": ledger.tally.work_rows(),
+            "stages": stage_rows(ledger.tally, plan),
+            "individual_gmac": models.individual_gmac,
+            "relative_cost": relative_cost(ledger.tally, plan, models.individual_gmac),
+            "seconds": seconds,
+            "startup_seconds": startup or seconds,
+            "images_per_s": ledger.tally.listed / seconds,
+            "quality": quality,
+            "files": sorted(ledger.files, key=lambda file: file["path"]),
+        }
+        write_report(store, record, plan, config.endpoint_url, thumbnails=config.report_thumbnails)
+        commit.write_json(store, commit.record_key(run_id), record)
+        ledger.sweep_attempts()
+    return record
+
+
+def _record(frozen: dict[str, Any], status: str) -> dict[str, Any]:
+    kept = ("run_id", "source", "exclude", "salt", "scan_date", "started_at", "plan", "plan_version",
+            "weights_sha256", "listed", "duplicates")  # fmt: skip
+    return {"status": status} | {key: frozen[key] for key in kept}
+
+
+@contextmanager
+def _failing_by_name(store: Store, run_id: str, frozen: dict[str, Any], ledger: Ledger) -> Iterator[None]:
+    """Turns whatever ends the run into one line, and leaves the traceback beside the run record."""
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        line = _one_line(error)
+        try:
+            if ledger.is_current():
+                commit.write_json(store, commit.record_key(run_id), _record(frozen, "failed") | {"failure": line})
+                store.write(f"runs/{run_id}/failure.txt", traceback.format_exc().encode())
+        except (BaseError, OSError):
+            pass  # the output itself is what failed: the line below says so
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise RunError(f"run {run_id!r} failed: {line}; start it again with --run-id {run_id} to go on") from error
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        error = error.cause
+    if isinstance(error, (RunError, UsageError)):
+        return str(error)
+    if isinstance(error, (BaseError, ClientError, BotoCoreError)):
+        return f"storage: {reason(error)}"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__
+
+
+@contextmanager
+def _ray(plan: Plan) -> Iterator[None]:
+    """Joins the cluster that RAY_ADDRESS or the job names; else starts one here for the length of the scan."""
+    if ray.is_initialized():
+        _check_resources(plan)
+        yield
+        return
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        patience = SCALE_UP_SECONDS
+    else:
+        ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        patience = 0
+    try:
+        _check_resources(plan, patience)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_resources(plan: Plan, patience: float = 0) -> None:
+    """Pools whose minimum does not fit would make Ray wait for ever; a cluster is given time to grow."""
+    limits = plan.preparation
+    pools = [limits.fetch, *(limits.decode for _ in decode_points(plan)), *plan.stages, limits.write]
+    cpus = sum(pool.actors.min * pool.num_cpus for pool in pools)
+    gpus = sum(pool.actors.min * pool.num_gpus for pool in pools)
+    needs = {"CPU": cpus, "GPU": gpus}
+    if patience:
+        request_resources(bundles=[{"CPU": pool.num_cpus, "GPU": pool.num_gpus} for pool in pools])
+    deadline = time.monotonic() + patience
+    while missing := [kind for kind, need in needs.items() if need > ray.cluster_resources().get(kind, 0) + 1e-9]:
+        if time.monotonic() >= deadline:
+            kind = missing[0]
+            raise RunError(
+                f"plan {plan.name!r} needs at least {needs[kind]:g} {kind}s for its pools, but Ray has "
+                f"{ray.cluster_resources().get(kind, 0):g}; lower num_{kind.lower()}s or actors.min in the plan, "
+                "or add nodes"
+            )
+        time.sleep(2)

@@ -1,0 +1,95 @@
+"""Counts that merge: adding them up over windows or shards gives the same in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.plan import Plan
+from pipeline.window import OUTCOMES
+
+_ADDED = ("images_in", "tests", "positive_tests", "images_out", "gmac", "seconds")
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Images by outcome, errors by code, and work by (operator, round)."""
+
+    outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    errors: dict[str, int] = field(default_factory=dict)
+    work: dict[tuple[str, int | None], dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def listed(self) -> int:
+        return sum(self.outcomes.values())
+
+    def add_outcomes(self, outcomes: dict[str, int]) -> None:
+        for outcome, images in outcomes.items():
+            self.outcomes[outcome] += images
+
+    def add_errors(self, errors: dict[str, int]) -> None:
+        for code, images in errors.items():
+            self.errors[code] = self.errors.get(code, 0) + images
+
+    def add_work(self, rows: Iterable[dict[str, Any]]) -> None:
+        for row in rows:
+            total = self.work.setdefault((row["operator"], row["round"]), dict.fromkeys(_ADDED, 0))
+            for name in _ADDED:
+                total[name] += row[name]
+
+    def add(self, other: Tally) -> None:
+        self.add_outcomes(other.outcomes)
+        self.add_errors(other.errors)
+        self.add_work(other.work_rows())
+
+    def work_rows(self) -> list[dict[str, Any]]:
+        return [{"operator": operator, "round": number} | total for (operator, number), total in self.work.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"outcomes": self.outcomes, "errors": self.errors, "work": self.work_rows()}
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> Tally:
+        tally = Tally()
+        tally.add_outcomes(content["outcomes"])
+        tally.add_errors(content["errors"])
+        tally.add_work(content["work"])
+        return tally
+
+    def operators(self, prefix: str) -> dict[str, float]:
+        """The sum over operators whose name is ``prefix`` or begins with it and a colon."""
+        total = dict.fromkeys(_ADDED, 0.0)
+        for (operator, _), work in self.work.items():
+            if operator == prefix or operator.startswith(f"{prefix}:"):
+                for name in _ADDED:
+                    total[name] += work[name]
+        return total
+
+
+def stage_rows(tally: Tally, plan: Plan) -> list[dict[str, Any]]:
+    """Per stage what the run record says of it, with its rounds one by one."""
+    rows = []
+    for stage in plan.stages:
+        empty = dict.fromkeys(_ADDED, 0)
+        rounds = [tally.work.get((stage.name, number), empty) for number in range(len(stage.rounds))]
+        detail = [{"group_size": size} | work for size, work in zip(stage.rounds, rounds, strict=True)]
+        rows.append(
+            {
+                "name": stage.name,
+                "rounds": detail,
+                "images_in": int(rounds[0]["images_in"]),
+                "tests": int(sum(work["tests"] for work in rounds)),
+                "images_out": int(rounds[-1]["images_out"]),
+                "gmac": sum(work["gmac"] for work in rounds),
+                "seconds": sum(work["seconds"] for work in rounds),
+            }
+        )
+    return rows
+
+
+def relative_cost(tally: Tally, plan: Plan, individual_gmac: float) -> float | None:
+    """GMAC of all stages over that of testing every tested image alone with the last stage's net."""
+    stages = stage_rows(tally, plan)
+    images = stages[0]["images_in"]
+    return sum(stage["gmac"] for stage in stages) / (images * individual_gmac) if images else None

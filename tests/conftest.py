@@ -1,0 +1,76 @@
+"""Shared by all tests: one Ray session, one small corpus, the shipped nets in a plan of small windows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Demo credentials for the embedded server; a test must never find real ones.
+os.environ.update(AWS_ACCESS_KEY_ID="demo", AWS_SECRET_ACCESS_KEY="demo", AWS_DEFAULT_REGION="us-east-1")
+os.environ.pop("AWS_PROFILE", None)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The third-party data, which is not part of the project."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the shared data folder {folder.name!r} is not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    from pipeline.demo import serve_s3
+
+    with serve_s3() as endpoint_url:
+        yield endpoint_url
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """320 small pictures, every eighth with the emblem, and their labels."""
+    from pipeline.corpus import CorpusConfig, make_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(CorpusConfig(output=str(folder), images=320, prevalence=0.125, seed=990, sides=(120, 260)))
+    return folder
+
+
+def small_plan(folder: Path, **changes: object) -> Path:
+    """The shipped plan in windows of 32 images; ``changes`` replace top-level fields or, by name, pool fields.
+
+    ``batch_images``, ``windows_per_call`` and ``actors`` go to every stage and pool.
+    """
+    from pipeline.plan import PLANS
+
+    content = yaml.safe_load((PLANS / "emblem.yaml").read_text())
+    content["window"] = {"images": 32}
+    pools = [*content["stages"], *(content["preparation"][name] for name in ("fetch", "decode", "write"))]
+    for name, value in changes.items():
+        if name == "batch_images":
+            for stage in content["stages"]:
+                stage[name] = value
+        elif name in ("windows_per_call", "actors", "num_cpus"):
+            for pool in pools:
+                pool[name] = value
+        else:
+            content[name] = value
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path

@@ -1,0 +1,221 @@
+"""The commit protocol on a local store, without Ray: what is committed once stays, what does not add up is refused."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import commit
+from pipeline.commit import Ledger
+from pipeline.errors import RunError
+from pipeline.flow import window_refs
+from pipeline.plan import WindowSpec, parse_plan
+from pipeline.sink import Sink
+from pipeline.source import build_manifest
+from pipeline.storage import Store
+from pipeline.tally import Tally, stage_rows
+from pipeline.window import Image, Test, Window, Work, windows_from_table, windows_to_table
+from tests.test_plan import content
+
+PLAN = parse_plan(content(window={"images": 16}), "test")
+
+
+class Run:
+    """A run of ``images`` images in shards of ``shard_size``, whose windows are decided by hand."""
+
+    def __init__(self, folder, images: int = 80, shard_size: int = 32) -> None:
+        self.output = str(folder)
+        self.store = Store(self.output)
+        moment = datetime(2026, 1, 1, tzinfo=UTC)
+        rows = [{"uri": f"s3://b/{i}", "size_bytes": 1, "etag": "e", "modified_at": moment} for i in range(images)]
+        self.manifest = build_manifest(
+            rows, self.store, "_state/r/manifest", salt="s", window=WindowSpec(images=16), shard_size=shard_size
+        )
+        self.sink = Sink((self.output, None), commit.attempts_prefix("r"), "r", PLAN, {"one": ("m@1", "d")})
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.store, "r", "2026-01-01", list(self.manifest.shards))
+
+    def windows(self) -> list[Window]:
+        windows = []
+        for ref in window_refs(self.store, list(self.manifest.shards)).to_pylist():
+            table = pq.read_table(f"{self.output}/{ref['key']}").slice(ref["first_row"], ref["rows"])
+            images = [Image(image_id=row["image_id"], uri=row["uri"]) for row in table.to_pylist()]
+            for number, image in enumerate(images):
+                image.tests.append(Test(stage="one", round=1, group_id="g", group_size=4, scores=[0.7]))
+                if number == 3:
+                    image.fail("truncated", "half a file")
+                else:
+                    image.decide("flagged" if number == 5 else "cleared")
+            work = [Work(operator="one", round=0, images_in=len(images), tests=1, gmac=2.0)]
+            first = table["ordinal"][0].as_py()
+            windows.append(
+                Window(shard=ref["shard"], window=ref["window"], first_ordinal=first, images=images, work=work)
+            )
+        return windows
+
+    def receipts(self, windows: list[Window]) -> list[dict]:
+        return self.sink(windows)
+
+    def table(self, name: str):
+        return pq.read_table(f"{self.output}/{name}/scan_date=2026-01-01", partitioning=None)
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run(tmp_path)
+
+
+def test_shards_are_committed_as_soon_as_their_windows_are_there(run):
+    ledger = run.ledger()
+    receipts = [receipt for window in run.windows() for receipt in run.receipts([window])]
+    committed = [ledger.add(receipt) for receipt in reversed(receipts)]
+    assert [shard.index if shard else None for shard in committed] == [2, None, 1, None, 0]
+    assert ledger.pending == [] and ledger.tally.outcomes == {"cleared": 70, "flagged": 5, "error": 5, "skipped": 0}
+    assert run.table("ledger").num_rows == 80 and run.table("flagged").num_rows == 5
+    assert ledger.tally.errors == {"truncated": 5}
+    assert stage_rows(ledger.tally, PLAN)[0]["tests"] == 5
+
+
+def test_windows_of_several_shards_in_one_call_make_a_receipt_each(run):
+    ledger = run.ledger()
+    receipts = run.receipts(run.windows())
+    assert [(receipt["shard"], len(receipt["windows"])) for receipt in receipts] == [(0, 2), (1, 2), (2, 1)]
+    assert all(ledger.add(receipt) for receipt in receipts)
+
+
+def test_an_attempt_that_comes_twice_counts_once(run):
+    ledger = run.ledger()
+    windows = run.windows()
+    (first,) = run.receipts(windows[:1])
+    (again,) = run.receipts(windows[:1])
+    (second,) = run.receipts(windows[1:2])
+    assert ledger.add(first) is None and ledger.add(again) is None
+    assert ledger.add(second).index == 0
+    assert ledger.add(again) is None
+    assert ledger.tally.listed == 32 == run.table("ledger").num_rows
+
+
+def test_a_shard_that_lost_a_row_is_not_committed(run):
+    ledger = run.ledger()
+    windows = run.windows()
+    windows[0].images.pop()
+    first, second = run.receipts(windows[:1]) + run.receipts(windows[1:2])
+    assert ledger.add(first) is None
+    with pytest.raises(RunError, match="32 images listed, 31 ledger rows"):
+        ledger.add(second)
+    assert not list(run.store.sizes("_state/r/markers")) and not list(run.store.sizes("ledger"))
+
+
+def test_a_shard_with_an_image_of_another_is_not_committed(run):
+    ledger = run.ledger()
+    windows = run.windows()
+    windows[0].images[0].image_id = "f" * 32
+    (receipt,) = run.receipts(windows[:2])
+    with pytest.raises(RunError, match="does not list"):
+        ledger.add(receipt)
+
+
+def test_an_image_without_an_outcome_never_reaches_a_table(run):
+    windows = run.windows()
+    windows[0].images[0].outcome = None
+    with pytest.raises(AssertionError, match="without an outcome"):
+        run.receipts(windows)
+
+
+def test_a_second_driver_takes_over_and_the_first_stops_at_its_next_commit(run):
+    old = run.ledger()
+    receipts = run.receipts(run.windows())
+    old.add(receipts[0])
+    new = run.ledger()
+    assert [shard.index for shard in new.pending] == [1, 2] and new.tally.listed == 32
+    with pytest.raises(RunError, match="taken over by another driver"):
+        old.add(receipts[1])
+    for receipt in receipts[1:]:
+        new.add(receipt)
+    assert new.pending == [] and run.table("ledger").num_rows == 80
+
+
+def test_a_marker_decides_even_between_two_drivers_of_one_epoch(run):
+    first, second = run.ledger(), run.ledger()
+    second.epoch = first.epoch = run.ledger().epoch  # as if both had passed the check at one moment
+    receipts = run.receipts(run.windows())
+    first.add(receipts[0])
+    before = {path: run.store.read(path) for path in run.store.sizes("ledger")}
+    with pytest.raises(RunError, match="committed by another driver"):
+        second.add(run.receipts(run.windows())[0])
+    assert {path: run.store.read(path) for path in run.store.sizes("ledger")} == before
+
+
+def test_a_driver_that_died_between_marker_and_tables_is_finished_by_the_next(run, monkeypatch):
+    ledger = run.ledger()
+    receipts = run.receipts(run.windows())
+    monkeypatch.setattr(Ledger, "_publish", lambda self, files: None)
+    ledger.add(receipts[0])
+    monkeypatch.undo()
+    assert not list(run.store.sizes("ledger"))
+    resumed = run.ledger()
+    assert run.table("ledger").num_rows == 32 and run.table("flagged").num_rows == 2
+    assert [shard.index for shard in resumed.pending] == [1, 2]
+    untouched = {path: run.store.read(path) for path in run.store.sizes("ledger")}
+    run.ledger()
+    assert {path: run.store.read(path) for path in run.store.sizes("ledger")} == untouched
+
+
+def test_a_run_is_frozen_once(run):
+    commit.freeze(run.store, "r", {"a": 1})
+    with pytest.raises(ValueError, match="started by another driver"):
+        commit.freeze(run.store, "r", {"a": 2})
+    assert commit.read_frozen(run.store, "r") == {"a": 1}
+
+
+def test_windows_survive_the_way_through_arrow(run):
+    for before, after in zip(run.windows(), windows_from_table(windows_to_table(run.windows())), strict=True):
+        assert len(before.images) == len(after.images)
+        for mine, theirs in zip(before.images, after.images, strict=True):
+            assert (mine.image_id, mine.outcome, mine.error_code) == (
+                theirs.image_id,
+                theirs.outcome,
+                theirs.error_code,
+            )
+            assert [test.scores for test in theirs.tests] == [pytest.approx(test.scores) for test in mine.tests]
+        assert after.work == before.work
+
+
+WORK = st.fixed_dictionaries(
+    {
+        "operator": st.sampled_from(["one", "fetch"]),
+        "round": st.sampled_from([None, 0, 1]),
+        **{
+            name: st.integers(0, 9)
+            for name in ("images_in", "tests", "positive_tests", "images_out", "gmac", "seconds")
+        },
+    }
+)
+TALLY = st.builds(
+    lambda outcomes, errors, work: Tally.from_json({"outcomes": outcomes, "errors": errors, "work": work}),
+    st.dictionaries(st.sampled_from(["cleared", "flagged", "error", "skipped"]), st.integers(0, 99)),
+    st.dictionaries(st.sampled_from(["truncated", "empty"]), st.integers(0, 99)),
+    st.lists(WORK, max_size=6),
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(TALLY, max_size=6), st.randoms())
+def test_counts_merge_in_any_order(tallies, random):
+    def total(parts: list[Tally]) -> Tally:
+        result = Tally()
+        for part in parts:
+            result.add(part)
+        return result
+
+    shuffled = random.sample(tallies, len(tallies))
+    assert total(tallies) == total(shuffled)
+    halves = [total(tallies[:2]), total(tallies[2:])]
+    assert total(halves) == total(tallies)
+    assert Tally.from_json(json.loads(json.dumps(total(tallies).to_json()))) == total(tallies)

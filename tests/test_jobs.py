@@ -1,0 +1,153 @@
+"""Command lines as users meet them: one clear line and an exit code for each mistake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import small_plan
+
+
+def run(job: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"jobs.{job}", *arguments]
+    env = {key: value for key, value in (os.environ | environment).items() if value}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+
+
+def expect(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture
+def pictures(corpus: Path) -> str:
+    return str(corpus)
+
+
+def test_no_credentials():
+    blank = {
+        "AWS_ACCESS_KEY_ID": "",
+        "AWS_SECRET_ACCESS_KEY": "",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "HOME": "/nowhere",
+    }
+    expect(run("scan", "--source", "s3://some-bucket/x", "--output", "out-unused", **blank), 2, "no credentials")
+
+
+def test_wrong_endpoint(tmp_path):
+    result = run(
+        "scan", "--source", "s3://b/x", "--output", str(tmp_path / "o"), "--endpoint-url", "http://127.0.0.1:9"
+    )
+    expect(result, 2, "cannot list s3://b/x", "127.0.0.1:9")
+
+
+def test_empty_prefix(s3_endpoint, tmp_path):
+    from pipeline.storage import s3_client
+
+    s3_client(s3_endpoint).create_bucket(Bucket="bare")
+    result = run("scan", "--source", "s3://bare/x", "--output", str(tmp_path / "o"), "--endpoint-url", s3_endpoint)
+    expect(result, 2, "s3://bare/x holds no images")
+
+
+def test_missing_bucket(s3_endpoint, tmp_path):
+    result = run("scan", "--source", "s3://nowhere/x", "--output", str(tmp_path / "o"), "--endpoint-url", s3_endpoint)
+    expect(result, 2, "cannot list s3://nowhere/x", "NoSuchBucket")
+
+
+def test_unwritable_output(pictures):
+    expect(run("scan", "--source", pictures, "--output", "/proc/dorfman"), 2, "cannot write to /proc/dorfman")
+
+
+def test_output_inside_source(pictures):
+    expect(run("scan", "--source", pictures, "--output", f"{pictures}/out"), 2, "lies inside source")
+
+
+def test_missing_folder(tmp_path):
+    result = run("scan", "--source", str(tmp_path / "none"), "--output", str(tmp_path / "o"))
+    expect(result, 2, "no such folder")
+
+
+def test_plan_with_a_missing_model(pictures, tmp_path):
+    plan = small_plan(tmp_path)
+    plan.write_text(plan.read_text().replace("model: emblem-group", "model: no-such-net"))
+    result = run("scan", "--source", pictures, "--output", str(tmp_path / "o"), "--plan", str(plan))
+    expect(result, 2, "'no-such-net' is missing", "emblem-group")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("rounds:\n  - 16\n  - 4", "rounds:\n  - 16\n  - 5", ("a round of 5 cannot follow one of 16",)),
+        ("images: 32", "images: 33", ("window.images is 33", "not a multiple")),
+        ("input_size:", "inputsize:", ("inputsize", "not permitted")),
+        ("name:", "name: [", ("is not YAML",)),
+    ],
+)
+def test_broken_plan(pictures, tmp_path, old, new, words):
+    plan = small_plan(tmp_path)
+    assert old in plan.read_text()
+    plan.write_text(plan.read_text().replace(old, new))
+    result = run("scan", "--source", pictures, "--output", str(tmp_path / "o"), "--plan", str(plan))
+    expect(result, 2, *words)
+
+
+def test_pools_that_do_not_fit_the_machine_fail_at_once(pictures, tmp_path):
+    plan = small_plan(tmp_path, num_cpus=1000)
+    result = run("scan", "--source", pictures, "--output", str(tmp_path / "o"), "--plan", str(plan))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "needs at least" in result.stderr and "lower num_cpus" in result.stderr
+
+
+def test_wrong_flags(tmp_path):
+    expect(run("scan", "--sauce", "x"), 2, "Unknown option", "--source")
+    expect(run("scan", "--source", "x", "--shard-size", "many"), 2, "--shard-size", "many")
+    expect(run("scan", "--source", "x", "--shard-size", "0"), 2, "shard size is 0")
+    expect(run("scan", "--source", "x", "--run-id", "../../etc"), 2, "run id")
+    expect(run("scan", "--source", "ftp://x/y", "--output", str(tmp_path)), 2, "only s3:// and local paths")
+    expect(run("scan", "--config", str(tmp_path / "none.yaml")), 2, "No such file")
+
+
+def test_labels_that_are_no_labels(pictures, tmp_path):
+    (tmp_path / "labels.parquet").write_bytes(b"no parquet")
+    arguments = ("--source", pictures, "--output", str(tmp_path / "o"))
+    expect(run("scan", *arguments, "--labels", str(tmp_path / "labels.parquet")), 2, "wanted Parquet with uri")
+    expect(run("scan", *arguments, "--labels", str(tmp_path / "none.parquet")), 2, "no such file")
+
+
+def test_help_names_every_field_and_the_exit_codes():
+    result = run("scan", "--help")
+    assert result.returncode == 0
+    for flag in (
+        "--source",
+        "--output",
+        "--endpoint-url",
+        "--plan",
+        "--labels",
+        "--run-id",
+        "--shard-size",
+        "--exclude",
+        "--config",
+    ):
+        assert flag in result.stdout
+    assert "2 wrong usage" in " ".join(result.stdout.replace("│", " ").split())
+
+
+def test_configuration_file_gives_values_that_flags_override(pictures, tmp_path):
+    from jobs.cli import parse
+    from jobs.scan import JobConfig
+
+    file = tmp_path / "nightly.yaml"
+    file.write_text("source: s3://bucket/x\nshard-size: 77\nexclude: ['*.tmp']\n")
+    config = parse("jobs.scan", JobConfig, ["--config", str(file), "--shard-size", "5"])
+    assert (config.source, config.shard_size, config.exclude) == ("s3://bucket/x", 5, ("*.tmp",))
+    config = parse("jobs.scan", JobConfig, ["--source", "y", "--exclude", "a", "b*"])
+    assert config.exclude == ("a", "b*")

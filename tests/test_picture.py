@@ -1,0 +1,175 @@
+"""Decoding: what good formats look like, what bad files are called, and what a hostile one costs."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+
+from pipeline.decode import Decoder
+from pipeline.picture import PictureError, decode_picture
+from pipeline.plan import Preparation
+from pipeline.window import Image, Window
+
+
+def scene(mode: str = "RGB", size: tuple[int, int] = (120, 80)) -> Pillow.Image:
+    """Left half red, right half blue, a green stripe at the top."""
+    picture = Pillow.new("RGB", size, (200, 30, 30))
+    picture.paste((30, 30, 200), (size[0] // 2, 0, *size))
+    picture.paste((30, 200, 30), (0, 0, size[0], size[1] // 8))
+    return picture.convert(mode)
+
+
+def save(picture: Pillow.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+GOOD = {
+    "jpeg": (save(scene(), "JPEG", quality=95), "JPEG"),
+    "cmyk jpeg": (save(scene("CMYK"), "JPEG", quality=95), "JPEG"),
+    "progressive jpeg": (save(scene(), "JPEG", quality=95, progressive=True), "JPEG"),
+    "png": (save(scene(), "PNG"), "PNG"),
+    "palette png": (save(scene().convert("P", palette=Pillow.Palette.ADAPTIVE), "PNG"), "PNG"),
+    "webp": (save(scene(), "WEBP", quality=95), "WEBP"),
+    "animated gif": (save(scene(), "GIF", save_all=True, append_images=[Pillow.new("RGB", (120, 80))]), "GIF"),
+    "animated webp": (
+        save(scene(), "WEBP", lossless=True, save_all=True, append_images=[Pillow.new("RGB", (120, 80))]),
+        "WEBP",
+    ),
+    "bmp": (save(scene(), "BMP"), "BMP"),
+    "tiff": (save(scene(), "TIFF"), "TIFF"),
+    "avif": (save(scene(), "AVIF", quality=95), "AVIF"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_formats_show_the_first_frame_whole(name):
+    body, kind = GOOD[name]
+    picture = decode_picture(body, 32)
+    assert (picture.format, picture.width, picture.height) == (kind, 120, 80)
+    assert picture.pixels.shape == (32, 32, 3) and picture.pixels.dtype == np.uint8
+    red, blue, green = picture.pixels[20, 5], picture.pixels[20, 27], picture.pixels[1, 16]
+    assert red[0] > 140 > red[2] + 40 and blue[2] > 140 > blue[0] + 40 and green[1] > 120
+
+
+def test_exif_rotation_is_applied():
+    exif = Pillow.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter clockwise
+    turned = decode_picture(save(scene(), "JPEG", quality=95, exif=exif), 32)
+    assert (turned.width, turned.height) == (120, 80)
+    expected = np.rot90(decode_picture(GOOD["jpeg"][0], 32).pixels, -1)
+    assert np.abs(turned.pixels.astype(int) - expected).mean() < 3
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped():
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    picture = decode_picture(save(Pillow.fromarray(ramp), "PNG"), 64)
+    assert picture.pixels[:, 32].mean() == pytest.approx(130, abs=6)
+
+
+def test_transparency_is_shown_on_white():
+    picture = scene("RGBA")
+    picture.putalpha(0)
+    assert decode_picture(save(picture, "PNG"), 16).pixels.min() == 255
+
+
+def test_draft_decoding_is_within_half_a_grey_level_of_a_full_one():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    large = Pillow.fromarray(noise).resize((1600, 1200), Pillow.Resampling.BICUBIC)
+    body = save(large, "JPEG", quality=90)
+    full = np.asarray(Pillow.open(io.BytesIO(body)).convert("RGB").resize((112, 112), Pillow.Resampling.BILINEAR))
+    assert np.abs(decode_picture(body, 112).pixels.astype(int) - full).mean() < 0.5
+
+
+BAD = {
+    "empty": (b"", "empty"),
+    "text": (b"this is no picture\n" * 10, "not_an_image"),
+    "a truncated jpeg": (GOOD["jpeg"][0][:600], "truncated"),
+    "a truncated png": (save(Pillow.effect_noise((90, 90), 90), "PNG")[:3000], "truncated"),
+    "a header of 60,000 x 60,000": (png_header(60_000, 60_000), "too_many_pixels"),
+    "a png without its pixels": (png_header(50, 50), "truncated"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_errors_with_a_code_that_says_which(name):
+    body, code = BAD[name]
+    with pytest.raises(PictureError) as caught:
+        decode_picture(body, 32)
+    assert caught.value.code == code
+    assert "\n" not in caught.value.detail and caught.value.detail
+
+
+def window(*payloads: bytes) -> Window:
+    images = [Image(image_id=str(i), uri=f"file:///{i}", payload=body) for i, body in enumerate(payloads)]
+    return Window(shard=0, window=0, first_ordinal=0, images=images)
+
+
+def test_the_decoder_keeps_order_and_leaves_errors_out():
+    decoder = Decoder("decode:s", 32, Preparation())
+    (result,) = decoder([window(GOOD["jpeg"][0], b"", GOOD["png"][0], BAD["text"][0])])
+    assert [image.outcome for image in result.images] == [None, "error", None, "error"]
+    assert [image.error_code for image in result.images] == [None, "empty", None, "not_an_image"]
+    assert np.array_equal(result.pixels[1], decode_picture(GOOD["png"][0], 32).pixels)
+    assert result.images[0].format == "JPEG" and result.images[1].payload is None
+    assert (result.work[0].images_in, result.work[0].images_out) == (4, 2)
+
+
+def test_a_window_without_a_good_picture_has_no_pixels():
+    (result,) = Decoder("decode:s", 32, Preparation())([window(b"", b"x")])
+    assert result.pixels is None and result.undecided == []
+
+
+def test_a_decoder_that_hangs_costs_one_error_row(monkeypatch):
+    decoder = Decoder("decode:s", 32, Preparation(decode_seconds=0.7))
+    decoder([window(GOOD["jpeg"][0])])
+    first = decoder.child.process.pid
+    os.kill(first, signal.SIGSTOP)
+    (result,) = decoder([window(GOOD["jpeg"][0], GOOD["png"][0])])
+    assert [image.error_code for image in result.images] == ["decode_timeout", None]
+    assert decoder.child.process.pid != first
+
+
+def test_a_decoder_that_dies_costs_one_error_row():
+    decoder = Decoder("decode:s", 32, Preparation())
+    decoder([window(GOOD["jpeg"][0])])
+    decoder.child.process.kill()
+    (result,) = decoder([window(GOOD["jpeg"][0], GOOD["png"][0])])
+    assert [image.error_code for image in result.images] == ["decode_crash", None]
+
+
+def test_a_picture_that_wants_more_memory_than_allowed_is_an_error():
+    body = save(Pillow.new("RGB", (9000, 9000)), "PNG")  # 243 MB of pixels
+    (result,) = Decoder("decode:s", 32, Preparation(decode_gigabytes=0.1))([window(body, GOOD["png"][0])])
+    assert [image.error_code for image in result.images] == ["decode_memory", None]
+
+
+def test_the_child_dies_with_its_parent():
+    decoder = Decoder("decode:s", 32, Preparation())
+    decoder([window(GOOD["jpeg"][0])])
+    process = decoder.child.process
+    decoder.child.connection.close()
+    assert process.wait(timeout=10) == 0
+    assert not Path(f"/proc/{process.pid}").exists() or time.sleep(0.1) is None

@@ -1,0 +1,97 @@
+"""Plans: what is refused, and what changes their version."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import yaml
+
+from pipeline.errors import UsageError
+from pipeline.plan import PLANS, load_plan, parse_plan
+from pipeline.scan import check_models
+
+
+def content(**changes) -> dict:
+    stage = {"name": "one", "model": "m", "rounds": [16, 4], "thresholds": {"a": [0.5, 0.6]}, "input_size": 64}
+    return {"name": "p", "categories": ["a"], "stages": [stage]} | changes
+
+
+def changed(path: str, value: object) -> dict:
+    plan = copy.deepcopy(content())
+    place = plan
+    *parents, last = path.split(".")
+    for part in parents:
+        place = place[int(part)] if part.isdigit() else place.setdefault(part, {})
+    place[last] = value
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("stages.0.rounds", [16, 5], "a round of 5 cannot follow one of 16"),
+        ("stages.0.rounds", [4, 16], "a round of 16 cannot follow one of 4"),
+        ("stages.0.rounds", [], "give group sizes"),
+        ("stages.0.thresholds", {"a": [0.5]}, "1 thresholds for 2 rounds"),
+        ("stages.0.thresholds", {"b": [0.5, 0.5]}, r"thresholds for \['b'\]"),
+        ("stages.0.thresholds", {"a": [0.5, 1.5]}, "not all in 0..1"),
+        ("stages.0.input_size", 4, "greater than or equal to 16"),
+        ("stages.0.actors", {"min": 3, "max": 2}, "actors max is 2, below min 3"),
+        ("stages.0.dtype", "float16", "'float32' or 'bfloat16'"),
+        ("stages", [], "at least 1 item"),
+        ("window.images", 100, "not a multiple of the groups of 16"),
+        ("surprise", 1, "surprise: Extra inputs are not permitted"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_with_the_place(path, value, words):
+    with pytest.raises(UsageError, match=words):
+        parse_plan(changed(path, value), "here")
+
+
+def test_two_stages_need_two_names():
+    plan = content()
+    with pytest.raises(UsageError, match="each stage needs a name of its own"):
+        parse_plan(plan | {"stages": plan["stages"] * 2}, "here")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "same"),
+    [
+        ("stages.0.num_cpus", 3, True),
+        ("stages.0.batch_images", 16, True),
+        ("stages.0.windows_per_call", 9, True),
+        ("stages.0.actors", {"min": 1, "max": 8}, True),
+        ("preparation.fetch_concurrency", 5, True),
+        ("preparation.decode", {"num_cpus": 0.5}, True),
+        ("preparation.max_megapixels", 5, False),
+        ("stages.0.thresholds", {"a": [0.5, 0.61]}, False),
+        ("stages.0.dtype", "bfloat16", False),
+        ("stages.0.input_size", 96, False),
+        ("window.images", 512, False),
+    ],
+)
+def test_the_version_changes_with_whatever_can_change_a_verdict(path, value, same):
+    assert (parse_plan(changed(path, value), "a").version == parse_plan(content(), "b").version) is same
+
+
+def test_every_shipped_plan_loads_and_its_nets_can_do_what_it_asks():
+    shipped = sorted(PLANS.glob("*.yaml"))
+    assert [path.stem for path in shipped]
+    for path in shipped:
+        models = check_models(load_plan(path.stem))
+        assert models.individual_gmac > 0
+
+
+def test_a_plan_file_is_read_safely(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("!!python/object/apply:os.system ['true']")
+    with pytest.raises(UsageError, match="is not YAML"):
+        load_plan(str(file))
+    file.write_text("- a list")
+    with pytest.raises(UsageError, match="must hold fields"):
+        load_plan(str(file))
+    with pytest.raises(UsageError, match="shipped plans are"):
+        load_plan("unheard-of")
+    file.write_text(yaml.safe_dump(content()))
+    assert load_plan(str(file)).stages[0].rounds == (16, 4)

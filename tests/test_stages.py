@@ -1,0 +1,153 @@
+"""A stage on plain lists: groups, holes, rounds, and verdicts that do not depend on company in the call."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from models.backbone import Trunk
+from models.group_net import GroupNet, MergePoint
+from models.weights import save_net
+from pipeline.plan import StageSpec
+from pipeline.stages import GroupStage, form_groups
+from pipeline.window import Image, Window
+
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(1)
+    points = (MergePoint(cut="layer1", size=4), MergePoint(cut="layer2", size=4))
+    folder = tmp_path_factory.mktemp("nets")
+    save_net(GroupNet(Trunk("late_resnet", 2), points), folder, "net", categories=("a", "b"), input_size=SIDE, facts={})
+    return str(folder / "net.json")
+
+
+def spec(model: str, **changes) -> StageSpec:
+    base = {"name": "s", "model": model, "rounds": (16, 4), "input_size": SIDE, "batch_images": 32}
+    thresholds = {"a": [0.5, 0.5], "b": [1.0, 1.0]}
+    return StageSpec(**(base | {"thresholds": thresholds} | changes))
+
+
+def window(images: int, number: int = 0, errors: tuple[int, ...] = (), cleared: tuple[int, ...] = ()) -> Window:
+    rng = np.random.default_rng([7, number])
+    members = [Image(image_id=str(i), uri=f"file:///{number}/{i}", payload=b"x") for i in range(images)]
+    pixels = rng.integers(0, 256, (images, SIDE, SIDE, 3), dtype=np.uint8)
+    for position in errors:
+        members[position].fail("truncated", "")
+    for position in cleared:
+        members[position].decide("cleared")
+    result = Window(shard=0, window=number, first_ordinal=0, images=members)
+    result.pixels = pixels[result.undecided]
+    return result
+
+
+def outcomes(window: Window) -> list[tuple]:
+    return [
+        (image.outcome, [(test.group_id, test.group_size, test.scores) for test in image.tests])
+        for image in window.images
+    ]
+
+
+def split_threshold(model: str, windows: list[Window]) -> float:
+    """A threshold for category a that half of the groups of 16 reach."""
+    stage = GroupStage(spec(model, rounds=(16,), thresholds={"a": [0.0], "b": [1.0]}), ("a", "b"), final=True)
+    scores = [image.tests[0].scores[0] for w in stage(copy.deepcopy(windows)) for image in w.images if image.tests]
+    return float(np.median(scores))
+
+
+def test_groups_keep_order_and_errors_leave_holes(model):
+    w = window(40, errors=(2, 33), cleared=(0, 39))
+    groups = form_groups(w, spec(model))
+    assert [group.members for group in groups] == [
+        list(range(1, 17)),
+        list(range(17, 33)),
+        [33, 34, 35, 36, 37, 38] + [None] * 10,
+    ]
+    assert len(groups[0].images) == 15 and len(groups[2].images) == 5
+
+
+def test_a_group_of_errors_only_is_not_tested(model):
+    w = window(20, errors=tuple(range(16)))
+    assert [group.members[:4] for group in form_groups(w, spec(model))] == [[16, 17, 18, 19]]
+
+
+def test_rounds_clear_flag_and_count(model):
+    windows = [window(64, number) for number in range(3)]
+    threshold = split_threshold(model, windows)
+    stage = GroupStage(spec(model, thresholds={"a": [threshold, threshold], "b": [1.0, 1.0]}), ("a", "b"), final=True)
+    result = stage(windows)
+    first = [w.work[0] for w in result]
+    second = [w.work[1] for w in result]
+    assert sum(work.tests for work in first) == 12
+    positives = sum(work.positive_tests for work in first)
+    assert 0 < positives < 12
+    assert sum(work.tests for work in second) == 4 * positives
+    flagged = sum(image.outcome == "flagged" for w in result for image in w.images)
+    assert flagged == sum(work.images_out for work in second) == 4 * sum(work.positive_tests for work in second)
+    for w in result:
+        for image in w.images:
+            assert image.payload is None and image.outcome in ("cleared", "flagged")
+            last = image.tests[-1]
+            assert (max(last.scores[0] - threshold, last.scores[1] - 1) >= 0) == (image.outcome == "flagged")
+        assert w.pixels is None
+
+
+def test_only_the_final_stage_flags_and_survivors_keep_their_pixels(model):
+    w = window(32)
+    before = {position: w.pixels[position].copy() for position in range(32)}
+    threshold = split_threshold(model, [w])
+    stage = GroupStage(spec(model, thresholds={"a": [threshold, 0.0], "b": [1.0, 1.0]}), ("a", "b"), final=False)
+    (result,) = stage([w])
+    assert 0 < len(result.undecided) < 32
+    assert all(result.images[position].payload == b"x" for position in result.undecided)
+    for row, position in enumerate(result.undecided):
+        assert np.array_equal(result.pixels[row], before[position])
+
+
+def test_verdicts_do_not_depend_on_which_windows_share_a_call_or_a_batch(model):
+    windows = [
+        window(images, number, errors) for number, (images, errors) in enumerate([(64, (3, 4)), (50, ()), (17, (16,))])
+    ]
+    threshold = split_threshold(model, windows)
+    thresholds = {"a": [threshold, threshold], "b": [1.0, 1.0]}
+    results = []
+    for batch, calls in ((16, [[0], [1], [2]]), (64, [[0, 1, 2]]), (32, [[2, 0], [1]])):
+        stage = GroupStage(spec(model, thresholds=thresholds, batch_images=batch), ("a", "b"), final=True)
+        done = {}
+        for call in calls:
+            for w in stage([copy.deepcopy(windows[number]) for number in call]):
+                done[w.window] = outcomes(w)
+        results.append(done)
+    for other in results[1:]:
+        for number, expected in results[0].items():
+            assert [outcome for outcome, _ in other[number]] == [outcome for outcome, _ in expected]
+            for (_, mine), (_, theirs) in zip(other[number], expected, strict=True):
+                assert [test[:2] for test in mine] == [test[:2] for test in theirs]
+                assert np.allclose([t[2] for t in mine], [t[2] for t in theirs], atol=1e-5)
+
+
+def test_a_net_that_scores_nan_makes_errors_and_clears_nobody(model):
+    stage = GroupStage(spec(model), ("a", "b"), final=True)
+    with torch.no_grad():
+        stage.net.trunk.classifier.fc.bias[0] = torch.nan
+    (result,) = stage([window(32)])
+    assert {image.outcome for image in result.images} == {"error"}
+    assert {image.error_code for image in result.images} == {"score_not_finite"}
+
+
+def test_a_window_without_a_live_image_passes_through(model):
+    (result,) = GroupStage(spec(model), ("a", "b"), final=True)([window(20, errors=tuple(range(20)))])
+    assert [work.tests for work in result.work] == [0, 0]
+    assert {image.outcome for image in result.images} == {"error"}
+
+
+def test_what_the_net_cannot_do_is_said_before_the_run(model):
+    with pytest.raises(ValueError, match=r"scores \['a', 'b'\], not \['c'\]"):
+        GroupStage(spec(model, thresholds={"c": [0.5, 0.5]}), ("c",), final=True)
+    with pytest.raises(ValueError, match=r"tests groups of \[1, 4, 16\], not \[8\]"):
+        GroupStage(spec(model, rounds=(8,), thresholds={"a": [0.5], "b": [0.5]}), ("a", "b"), final=True)

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -97,6 +98,55 @@ class GroupSampler:
         return members_GM
 
 
+class Trainer:
+    """One net in training, and the running average of its weights, which is what is kept."""
+
+    def __init__(self, net: GroupNet, examples: Examples, config: TrainingConfig) -> None:
+        torch.manual_seed(config.seed)
+        torch.set_num_threads(config.threads)
+        self.net, self.examples, self.config = net, examples, config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.sampler = GroupSampler(examples.labels_NK, config)
+        self.labels_NK = torch.from_numpy(examples.labels_NK.astype(np.float32))
+        self.shares = np.array(config.group_shares) / sum(config.group_shares)
+        net.to(memory_format=torch.channels_last)
+        net.train()
+        self.optimizer = torch.optim.AdamW(_parameter_groups(net, config.weight_decay), lr=config.learning_rate)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.15
+        )
+        self._average = torch.optim.swa_utils.AveragedModel(
+            net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
+        )
+
+    @property
+    def average(self) -> GroupNet:
+        return cast(GroupNet, self._average.module)
+
+    def step(self) -> float:
+        """One optimiser step at a group size drawn for it; the loss."""
+        size = int(self.sampler.rng.choice(self.net.group_sizes[: len(self.shares)], p=self.shares))
+        members_GM = self.sampler.draw(max(1, self.config.images_per_step // size), size)
+        pixels = torch.from_numpy(self.examples.pixels_NSS3[members_GM.reshape(-1)])
+        images_NCHW = augment(normalise(pixels), self.generator)
+        present_N = torch.ones(len(images_NCHW), dtype=torch.bool)
+        target_GK = self.labels_NK[torch.from_numpy(members_GM)].amax(dim=1)
+        loss = functional.binary_cross_entropy_with_logits(self.net(images_NCHW, present_N, size), target_GK)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self._average.update_parameters(self.net)
+        return loss.item()
+
+    def find_hard_negatives(self, pool: int = 8000) -> None:
+        """From now on the sampler's hard negatives are those that the average net scores highest."""
+        candidates = self.sampler.rng.permutation(self.sampler.negatives)[:pool]
+        self.sampler.hard = hardest_negatives(self.average, self.examples, candidates)
+        self.net.train()
+
+
 def train(
     net: GroupNet,
     examples: Examples,
@@ -106,50 +156,24 @@ def train(
     on_checkpoint: Callable[[int, GroupNet], None] = lambda step, net: None,
     checkpoint_every: int = 500,
 ) -> GroupNet:
-    """Trains in place and returns the averaged net. Raises ValueError when the loss is not finite."""
-    torch.manual_seed(config.seed)
-    torch.set_num_threads(config.threads)
-    generator = torch.Generator().manual_seed(config.seed)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    net.train()
-    average = torch.optim.swa_utils.AveragedModel(
-        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
-    )
-    optimizer = torch.optim.AdamW(_parameter_groups(net, config.weight_decay), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.15
-    )
-    sampler = GroupSampler(examples.labels_NK, config)
-    labels_NK = torch.from_numpy(examples.labels_NK.astype(np.float32))
-    shares = np.array(config.group_shares) / sum(config.group_shares)
+    """Trains in place and returns the averaged net. Raises ValueError when the loss is not finite.
+
+    ``on_progress`` gets the step, the running loss and the steps a second.
+    """
+    trainer = Trainer(net, examples, config)
     running, began = 0.0, time.perf_counter()
     for step in range(config.steps):
         if config.hard_share and step and step % max(1, config.steps // 5) == 0:
-            sampler.hard = hardest_negatives(average.module, examples, sampler.negatives)
-            net.train()
-        size = int(sampler.rng.choice(net.group_sizes[: len(shares)], p=shares))
-        members_GM = sampler.draw(max(1, config.images_per_step // size), size)
-        pixels = torch.from_numpy(examples.pixels_NSS3[members_GM.reshape(-1)])
-        images_NCHW = augment(normalise(pixels), generator)
-        present_N = torch.ones(len(images_NCHW), dtype=torch.bool)
-        target_GK = labels_NK[torch.from_numpy(members_GM)].amax(dim=1)
-        loss = functional.binary_cross_entropy_with_logits(net(images_NCHW, present_N, size), target_GK)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss.item()} at step {step}: lower the learning rate of {config.learning_rate}"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(net)
-        running += 0.02 * (loss.item() - running) if step else loss.item()
+            trainer.find_hard_negatives()
+        loss = trainer.step()
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {step}: lower the learning rate of {config.learning_rate}")
+        running += 0.02 * (loss - running) if step else loss
         if step % 50 == 49:
             on_progress(step + 1, running, (step + 1) / (time.perf_counter() - began))
         if step % checkpoint_every == checkpoint_every - 1:
-            on_checkpoint(step + 1, average.module)
-    return average.module.eval()
+            on_checkpoint(step + 1, trainer.average)
+    return trainer.average.eval()
 
 
 def _parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
@@ -193,7 +217,3 @@ def host_positives(
     hosted[:, 0] = np.tile(positives, redraws)
     without = rng.permutation(negatives)[: len(negatives) // size * size].reshape(-1, size)
     return hosted, without
-
-
-def logit(probability: float) -> float:
-    return math.log(probability / (1 - probability))

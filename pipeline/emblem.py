@@ -272,7 +272,8 @@ def _draw_clutter(draw: ImageDraw.ImageDraw, rng: np.random.Generator, size: tup
     if rng.random() < 0.33:
         colour = palette.bright if rng.random() < 0.5 else palette.dark
     else:
-        colour = tuple(int(part) for part in rng.integers(0, 256, 3))
+        red, green, blue = (int(part) for part in rng.integers(0, 256, 3))
+        colour = (red, green, blue)
     extent = math.sqrt(size[0] * size[1]) * math.exp(rng.uniform(math.log(0.03), math.log(0.4)))
     centre = rng.uniform(0, 1, 2) * size
     kind = rng.integers(0, 6)

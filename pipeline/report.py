@@ -99,7 +99,7 @@ def write_report(
         tables=list(schema.TABLES),
         missed_shown=MISSED_SHOWN,
         top=top,
-        thumbnails=_thumbnails(top, plan, endpoint_url) if True else None,
+        thumbnails=_thumbnails(top, plan, endpoint_url) if thumbnails else None,
     )  # fmt: skip
     return store.write(f"runs/{record['run_id']}/report.html", page.encode())
 

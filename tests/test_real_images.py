@@ -17,13 +17,17 @@ from tests.test_picture import BAD, GOOD, png_header, save, scene
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
+_exif = Pillow.Exif()
+_exif[0x0112] = 6
+ROTATED = save(scene(), "JPEG", exif=_exif)
+
 # Good formats first; then what must end as an error, with its code.
 ODD_GOOD = {
     "cmyk.jpg": GOOD["cmyk jpeg"][0],
     "sixteen bit.png": save(Pillow.linear_gradient("L").convert("I;16"), "PNG"),
     "animated.gif": GOOD["animated gif"][0],
     "animated.webp": GOOD["animated webp"][0],
-    "rotated.jpg": save(scene(), "JPEG", exif=(lambda exif: (exif.__setitem__(0x0112, 6), exif)[1])(Pillow.Exif())),
+    "rotated.jpg": ROTATED,
     "ünïcode 图片.jpg": GOOD["jpeg"][0],
     "spaces in the name.jpg": GOOD["jpeg"][0],
     "no suffix": GOOD["png"][0],
@@ -103,7 +107,7 @@ def test_photographs_that_training_did_not_use(shared_data, s3_endpoint, tmp_pat
             backgrounds=photos,
             backgrounds_part="held-out",
             endpoint_url=s3_endpoint,
-        )  # fmt: skip
+        )
     )
     record = run_scan(
         ScanConfig(
@@ -111,7 +115,7 @@ def test_photographs_that_training_did_not_use(shared_data, s3_endpoint, tmp_pat
             output=str(tmp_path / "out"),
             endpoint_url=s3_endpoint,
             labels="s3://photos/in/labels.parquet",
-        )  # fmt: skip
+        )
     )
     assert record["counts"]["listed"] == 3000 and record["counts"]["error"] == 0
     assert record["quality"]["positives"] == 45

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline import decode, fetch, picture, schema, stages
+from pipeline import decode, fetch, picture, report, schema, stages
 from pipeline.plan import Plan
 from pipeline.report import ERROR_CODES, write_report
 from pipeline.sink import table_bytes
@@ -248,7 +248,12 @@ def _idle_stages() -> list[dict[str, Any]]:
     ]
 
 
-def test_hostile_names_are_text_and_nothing_else(render: Render) -> None:
+def test_hostile_names_are_text_and_nothing_else(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(location: Location, endpoint_url: str | None) -> bytes:
+        raise OSError(f"cannot read {location.uri}")
+
+    # Error texts repeat names; and no test may ask AWS for anything.
+    monkeypatch.setattr(report, "read_object", refuse)
     quality = {
         "recall": 0.5,
         "recall_interval": (0.1, 0.9),
@@ -262,6 +267,7 @@ def test_hostile_names_are_text_and_nothing_else(render: Render) -> None:
     page = render([HOSTILE_ROWS], quality=quality, source="s3://<img src=x>/", thumbnails=True)
     assert [row[0] for row in page.table("#").values()] == SHOWN
     assert all(f"\n{name}\n" in page.text for name in SHOWN)
+    assert f"not fetched: cannot read {SHOWN[0]}" in page.text
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"script", "img", "iframe", "object", "embed", "link", "base", "form", "a"}
     assert "<script" not in page.source.lower()

@@ -111,7 +111,7 @@ class Ledger:
         tally = Tally()
         for receipt in receipts:
             tally.add_work(receipt["work"])
-        self._reconcile(shard, tables["ledger"], tally)
+        self._reconcile(shard, tables, tally)
         folder = f"{attempts_prefix(self.run_id)}/shard-{shard.index:05d}/merged-{self.epoch:06d}"
         files = [self._write_merged(shard, folder, name, table) for name, table in tables.items()]
         marker = {"shard": shard.index, "epoch": self.epoch, "files": files, "tally": tally.to_json()}
@@ -132,8 +132,9 @@ class Ledger:
             parts.append(pq.read_table(io.BytesIO(body)))
         return pa.concat_tables(parts).sort_by(schema.SORT_KEYS[name])
 
-    def _reconcile(self, shard: Shard, ledger: pa.Table, tally: Tally) -> None:
-        """Rows = distinct ids = manifest rows, the very same ids, and each with an outcome."""
+    def _reconcile(self, shard: Shard, tables: dict[str, pa.Table], tally: Tally) -> None:
+        """Rows = distinct ids = manifest rows, the very same ids; flagged and errors hold what the ledger says."""
+        ledger = tables["ledger"]
         manifest = pq.read_table(io.BytesIO(self.store.read(shard.key)), columns=["image_id"])
         distinct = pc.count_distinct(ledger["image_id"]).as_py()
         if not ledger.num_rows == distinct == manifest.num_rows == shard.images:
@@ -146,6 +147,13 @@ class Ledger:
         tally.add_outcomes(_value_counts(ledger["outcome"]))
         tally.add_errors(_value_counts(ledger["error_code"].drop_null()))
         assert tally.listed == shard.images
+        for outcome, name in (("flagged", "flagged"), ("error", "errors")):
+            found = pc.count_distinct(tables[name]["image_id"]).as_py()
+            if found != tally.outcomes[outcome]:
+                raise RunError(
+                    f"shard {shard.index}: the ledger counts {tally.outcomes[outcome]} images as {outcome}, "
+                    f"table {name} holds {found}"
+                )
 
     def _write_merged(self, shard: Shard, folder: str, name: str, table: pa.Table) -> dict[str, Any]:
         body = table_bytes(table)

@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,7 @@ class Decoder:
             self._replace_child()
             image.fail("decode_timeout", f"not decoded within {self.limits.decode_seconds:g} s")
             return None
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError):
             status = self._replace_child()
             image.fail("decode_crash", f"the decoder died with status {status}")
             return None
@@ -107,13 +108,16 @@ class _Child:
                     "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
                 },
             )
+        # poll() waits for the first byte of an answer, this for the rest of it.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", START_SECONDS, 0))
         self.connection = Connection(ours.detach())
         self.fresh = True
 
     def decode(self, payload: bytes) -> tuple[list, np.ndarray | None]:
         """The child's answer, and the pixels when there are some.
 
-        Raises TimeoutError when it takes too long, EOFError or OSError when it has died.
+        Raises TimeoutError when it takes too long, EOFError or OSError when it has died, ValueError
+        when its answer is none.
         """
         self.connection.send_bytes(json.dumps([self.side, self.limits.max_megapixels * 1_000_000]).encode())
         self.connection.send_bytes(payload)
@@ -121,6 +125,8 @@ class _Child:
         if not self.connection.poll(self.limits.decode_seconds + (START_SECONDS if self.fresh else 0)):
             raise TimeoutError
         answer = json.loads(self.connection.recv_bytes())
+        if not isinstance(answer, list) or len(answer) not in (2, 3):
+            raise ValueError(f"the decoder answered {answer!r}")
         self.fresh = False
         if len(answer) == 2:
             return answer, None

@@ -19,7 +19,10 @@ LINE_SECONDS = 15
 class Progress:
     """Counts receipts: every number shown has reached the sink."""
 
-    def __init__(self, plan: Plan, listed: int, committed_before: int, console: Console | None = None) -> None:
+    def __init__(
+        self, run_id: str, plan: Plan, listed: int, committed_before: int, console: Console | None = None
+    ) -> None:
+        self.run_id = run_id
         self.plan = plan
         self.listed = listed
         self.before = committed_before
@@ -29,13 +32,11 @@ class Progress:
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
     def __enter__(self) -> Progress:
-        if self.before:
-            self.console.print(f"going on: {self.before:,} of {self.listed:,} images were committed before")
+        before = f" ({self.before:,} of {self.listed:,} were committed before)" if self.before else ""
+        self.console.print(f"run {self.run_id}: scanning {self.listed - self.before:,} images{before}", soft_wrap=True)
         if self.live:
             self.live.start()
             self.live.update(self._table(), refresh=True)
-        else:
-            self.console.print(f"scanning {self.listed - self.before:,} images")
         return self
 
     def __exit__(

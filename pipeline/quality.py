@@ -28,6 +28,8 @@ class Quality:
     positives: int
     negatives: int
     unlabelled: int
+    unlisted_positives: int
+    """Violating uris among the labels that the run did not list: they count nowhere either."""
     missed: list[str]
     """The first hundred uris of violating images that were not flagged."""
 
@@ -58,6 +60,9 @@ def judge_run(store: Store, ledger_paths: list[str], labels: pa.Table) -> Qualit
                 f"SELECT source_uri FROM {joined} WHERE violating = 1 AND outcome <> 'flagged' ORDER BY 1 LIMIT 100"
             )
             missed += [uri for (uri,) in connection.execute(misses).fetchall()]
+        row = connection.execute("SELECT count(*) FROM truth WHERE violating = 1").fetchone()
+        assert row is not None
+        violating_labels: int = row[0]
     positives, negatives = counts["positives"], counts["negatives"]
     return Quality(
         recall=counts["hits"] / positives if positives else None,
@@ -67,5 +72,6 @@ def judge_run(store: Store, ledger_paths: list[str], labels: pa.Table) -> Qualit
         positives=positives,
         negatives=negatives,
         unlabelled=counts["unlabelled"],
+        unlisted_positives=violating_labels - positives,
         missed=missed[:100],
     )

@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -26,7 +25,8 @@ from PIL import Image as PillowImage
 
 from pipeline import schema
 from pipeline.decode import Decoder
-from pipeline.plan import Plan, StageSpec
+from pipeline.histogram import PLOT_HEIGHT, PLOT_WIDTH, SCORE_TICKS, Scores, axis_position
+from pipeline.plan import Plan
 from pipeline.storage import Store, parse_uri, read_object, reason
 from pipeline.window import Image, Window
 
@@ -36,12 +36,6 @@ TOP_ORDER = [("score", "descending"), ("image_id", "ascending"), ("category", "a
 MISSED_SHOWN = 20
 THUMBNAIL_SIDE = 128
 
-# Bins are even in log-odds: on the plain scale nearly every score would fall into the first or last.
-LOGIT_LIMIT = 10.0
-SCORE_TICKS = (0.0001, 0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
-# The size of a chart's plot, in the units that the template draws in.
-PLOT_WIDTH, PLOT_HEIGHT = 400.0, 110.0
-BIN_WIDTH = 8.0
 # Bars whose shortest would be under this share of the longest are drawn on a log scale.
 LINEAR_SHARE = 0.02
 
@@ -91,7 +85,7 @@ def write_report(
         funnel=funnel,
         funnel_scale=funnel_scale,
         charts=list(scores.charts()),
-        score_ticks=[(f"{score:g}", float(_axis(score))) for score in SCORE_TICKS],
+        score_ticks=[(f"{score:g}", float(axis_position(score))) for score in SCORE_TICKS],
         plot=(PLOT_WIDTH, PLOT_HEIGHT),
         errors=sorted(record["errors"].items(), key=lambda item: (-item[1], item[0])),
         error_codes=ERROR_CODES,
@@ -110,74 +104,6 @@ def _paths(record: dict[str, Any], table: str) -> list[str]:
 
 def _read(store: Store, path: str, columns: list[str], rows: pc.Expression | None = None) -> pa.Table:
     return pq.read_table(io.BytesIO(store.read(path)), columns=columns, filters=rows)
-
-
-class Scores:
-    """How many cleared and how many flagged images had which score, by stage and round."""
-
-    def __init__(self, stages: tuple[StageSpec, ...]) -> None:
-        self.rounds = [(stage, number) for stage in stages for number in range(len(stage.rounds))]
-        # A threshold is an edge, so that no bar holds scores of both its sides.
-        self.edges = [_edges(next(iter(stage.thresholds.values()))[number]) for stage, number in self.rounds]
-        self.counts = [
-            {kind: np.zeros(len(edges) - 1, np.int64) for kind in ("cleared", "flagged")} for edges in self.edges
-        ]
-
-    def add(self, kind: str, table: pa.Table) -> None:
-        """``table``: columns of stage, round and score, in this order."""
-        stage, number, _ = (pc.field(name) for name in table.column_names)
-        for (spec, index), edges, counts in zip(self.rounds, self.edges, self.counts, strict=True):
-            mine = table.filter((stage == spec.name) & (number == index))
-            counts[kind] += np.histogram(_axis(mine[2].to_numpy()), edges)[0]
-
-    def charts(self) -> Iterator[dict[str, Any]]:
-        """One chart a round, all with the same axis of counts."""
-        most = max(int(bins.max()) for counts in self.counts for bins in counts.values())
-        decades = max(1, math.ceil(math.log10(max(1, most))))
-        for (stage, number), edges, counts in zip(self.rounds, self.edges, self.counts, strict=True):
-            limits = {category: values[number] for category, values in stage.thresholds.items()}
-            yield {
-                "stage": stage.name,
-                "round": number,
-                "group_size": stage.rounds[number],
-                "totals": {kind: int(bins.sum()) for kind, bins in counts.items()},
-                "bars": {kind: list(_columns(bins, edges, decades)) for kind, bins in counts.items()},
-                "count_ticks": [(10**power, _height(10**power, decades)) for power in range(decades + 1)],
-                "thresholds": [(category, limit, float(_axis(limit))) for category, limit in limits.items()],
-            }
-
-
-def _axis(score: Any) -> Any:
-    """Where scores stand on the axis, in plot units; those beyond its ends stand at them."""
-    inside = np.clip(np.asarray(score, np.float64), 1e-9, 1 - 1e-9)
-    return ((np.log(inside / (1 - inside)) / LOGIT_LIMIT).clip(-1, 1) + 1) / 2 * PLOT_WIDTH
-
-
-def _edges(threshold: float) -> np.ndarray:
-    """Bins of one width from the threshold outwards; the first and the last end with the axis."""
-    inner = np.arange(_axis(threshold) % BIN_WIDTH, PLOT_WIDTH, BIN_WIDTH)
-    inner = inner[(inner > BIN_WIDTH / 2) & (inner < PLOT_WIDTH - BIN_WIDTH / 2)]
-    return np.concatenate([[0.0], inner, [PLOT_WIDTH]])
-
-
-def _height(count: int, decades: int) -> float:
-    """Log scale from a half, so that a single image has a bar, to the decade above the highest count."""
-    return PLOT_HEIGHT * math.log(2 * count) / math.log(2 * 10**decades)
-
-
-def _columns(bins: np.ndarray, edges: np.ndarray, decades: int) -> Iterator[dict[str, Any]]:
-    scores = 1 / (1 + np.exp(LOGIT_LIMIT * (1 - 2 * edges / PLOT_WIDTH)))
-    scores[[0, -1]] = 0, 1
-    for index in np.flatnonzero(bins).tolist():
-        count = int(bins[index])
-        yield {
-            "x": edges[index],
-            "width": edges[index + 1] - edges[index],
-            "height": _height(count, decades),
-            "count": count,
-            "low": scores[index],
-            "high": scores[index + 1],
-        }
 
 
 def _funnel(record: dict[str, Any]) -> Iterator[dict[str, Any]]:

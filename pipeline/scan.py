@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 import secrets
 import time
 import traceback
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -19,15 +17,15 @@ import pyarrow as pa
 import ray
 from botocore.exceptions import BotoCoreError, ClientError
 from obstore.exceptions import BaseError
-from ray.autoscaler.sdk import request_resources
 
 from models.cost import gmac_per_test
 from models.weights import load_net
 from pipeline import commit
+from pipeline.cluster import ray_session
 from pipeline.commit import Ledger
 from pipeline.errors import RunError, UsageError
 from pipeline.examples import read_labels
-from pipeline.flow import Destination, decode_points, stream, window_refs
+from pipeline.flow import Destination, stream, window_refs
 from pipeline.plan import Plan, load_plan
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
@@ -37,8 +35,6 @@ from pipeline.stages import check_stage
 from pipeline.storage import Store, check_writable, parse_uri, reason
 from pipeline.tally import relative_cost, stage_rows
 
-# How long a cluster may take to grow from nothing to the pools' minimum.
-SCALE_UP_SECONDS = 600
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -118,7 +114,7 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
     if frozen is None:
         frozen = _start(config, store, run_id, plan, models)
     _check_same_run(frozen, config, run_id, plan, models)
-    return _drive(config, store, run_id, frozen, plan, models, labels, began)
+    return Driver(config, store, run_id, frozen, plan, models).run(labels, began)
 
 
 def _check_apart(config: ScanConfig) -> None:
@@ -177,87 +173,113 @@ def _check_same_run(frozen: dict[str, Any], config: ScanConfig, run_id: str, pla
             raise UsageError(f"run {run_id!r} was started with {what} {then}, not {now}; give another --run-id")
 
 
-def _drive(
-    config: ScanConfig,
-    store: Store,
-    run_id: str,
-    frozen: dict[str, Any],
-    plan: Plan,
-    models: Models,
-    labels: pa.Table | None,
-    began: float,
-) -> dict[str, Any]:
-    ledger = Ledger(store, run_id, frozen["scan_date"], [Shard(**shard) for shard in frozen["shards"]])
-    record = _record(frozen, "running")
-    commit.write_json(store, commit.record_key(run_id), record)
-    with _failing_by_name(store, run_id, frozen, ledger):
+class Driver:
+    """Drives one frozen run: streams what is pending, commits shard by shard, writes the record last."""
+
+    def __init__(
+        self, config: ScanConfig, store: Store, run_id: str, frozen: dict[str, Any], plan: Plan, models: Models
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.run_id = run_id
+        self.frozen = frozen
+        self.plan = plan
+        self.models = models
+        shards = [Shard(**shard) for shard in frozen["shards"]]
+        self.ledger = Ledger(store, run_id, frozen["scan_date"], shards)
+        self.committed_before = self.ledger.tally.listed
+
+    def run(self, labels: pa.Table | None, began: float) -> dict[str, Any]:
+        """The run record. ``began``: reading of the clock when the scan was started."""
+        with self._failing_by_name():
+            commit.write_json(self.store, commit.record_key(self.run_id), _record(self.frozen, "running"))
+            startup = self._stream(began)
+            quality = self._judge(labels)
+            record = _record(self.frozen, "complete") | self._results(time.perf_counter() - began, startup, quality)
+            write_report(
+                self.store, record, self.plan, self.config.endpoint_url, thumbnails=self.config.report_thumbnails
+            )
+            commit.write_json(self.store, commit.record_key(self.run_id), record)
+        # The run is complete: attempts that cannot be removed now are only litter.
+        with suppress(BaseError, OSError):
+            self.ledger.sweep_attempts()
+        return record
+
+    def _stream(self, began: float) -> float | None:
+        """Scans the pending shards; seconds until the first windows had been decided."""
         startup = None
-        with Progress(plan, frozen["listed"], ledger.tally.listed) as progress:
-            if ledger.pending:
-                with _ray(plan):
-                    destination = Destination(
-                        output=config.output,
-                        endpoint_url=config.endpoint_url,
-                        attempts=commit.attempts_prefix(run_id),
-                        run_id=run_id,
-                        models=models.versions,
-                    )
-                    for receipt in stream(plan, window_refs(store, ledger.pending), destination):
-                        startup = startup or time.perf_counter() - began
-                        progress.add(receipt)
-                        shard = ledger.add(receipt)
-                        if shard is not None:
-                            progress.committed(shard.index, len(ledger.done), len(ledger.shards))
-        if ledger.pending:
-            raise RunError(f"{len(ledger.pending)} shards were not finished though the stream has ended")
-        quality = None
-        if labels is not None:
-            paths = [file["path"] for file in ledger.files if file["path"].startswith("ledger/")]
-            quality = judge_run(store, paths, labels).to_json()
-        seconds = time.perf_counter() - began
-        record |= {
-            "status": "complete",
+        with Progress(self.run_id, self.plan, self.frozen["listed"], self.committed_before) as progress:
+            if not self.ledger.pending:
+                return None
+            destination = Destination(
+                output=self.config.output,
+                endpoint_url=self.config.endpoint_url,
+                attempts=commit.attempts_prefix(self.run_id),
+                run_id=self.run_id,
+                models=self.models.versions,
+            )
+            with ray_session(self.plan):
+                for receipt in stream(self.plan, window_refs(self.store, self.ledger.pending), destination):
+                    startup = startup or time.perf_counter() - began
+                    progress.add(receipt)
+                    shard = self.ledger.add(receipt)
+                    if shard is not None:
+                        progress.committed(shard.index, len(self.ledger.done), len(self.ledger.shards))
+        if self.ledger.pending:
+            raise RunError(f"{len(self.ledger.pending)} shards were not finished though the stream has ended")
+        return startup
+
+    def _judge(self, labels: pa.Table | None) -> dict[str, Any] | None:
+        if labels is None:
+            return None
+        paths = [file["path"] for file in self.ledger.files if file["path"].startswith("ledger/")]
+        return judge_run(self.store, paths, labels).to_json()
+
+    def _results(self, seconds: float, startup: float | None, quality: dict[str, Any] | None) -> dict[str, Any]:
+        tally = self.ledger.tally
+        return {
             "finished_at": datetime.now(UTC).isoformat(),
-            "counts": {"listed": ledger.tally.listed, **ledger.tally.outcomes},
-            "errors": ledger.tally.errors,
-            "operators": ledger.tally.work_rows(),
-            "stages": stage_rows(ledger.tally, plan),
-            "individual_gmac": models.individual_gmac,
-            "relative_cost": relative_cost(ledger.tally, plan, models.individual_gmac),
+            "counts": {"listed": tally.listed, **tally.outcomes},
+            "errors": tally.errors,
+            "operators": tally.work_rows(),
+            "stages": stage_rows(tally, self.plan),
+            "individual_gmac": self.models.individual_gmac,
+            "relative_cost": relative_cost(tally, self.plan, self.models.individual_gmac),
+            # Of this driver: an earlier one's time, and what it committed, are not counted again.
             "seconds": seconds,
-            "startup_seconds": startup or seconds,
-            "images_per_s": ledger.tally.listed / seconds,
+            "startup_seconds": seconds if startup is None else startup,
+            "images_per_s": (tally.listed - self.committed_before) / seconds,
+            "committed_before": self.committed_before,
             "quality": quality,
-            "files": sorted(ledger.files, key=lambda file: file["path"]),
+            "files": sorted(self.ledger.files, key=lambda file: file["path"]),
         }
-        write_report(store, record, plan, config.endpoint_url, thumbnails=config.report_thumbnails)
-        commit.write_json(store, commit.record_key(run_id), record)
-        ledger.sweep_attempts()
-    return record
+
+    @contextmanager
+    def _failing_by_name(self) -> Iterator[None]:
+        """Turns whatever ends the run into one line, and leaves the traceback beside the run record."""
+        try:
+            yield
+        except (KeyboardInterrupt, Exception) as error:
+            line = _one_line(error)
+            # When the output itself is what failed, the line below has to do.
+            with suppress(BaseError, OSError):
+                self._record_failure(line)
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            again = f"start it again with --run-id {self.run_id} to go on"
+            raise RunError(f"run {self.run_id!r} failed: {line}; {again}") from error
+
+    def _record_failure(self, line: str) -> None:
+        if self.ledger.is_current():
+            record = _record(self.frozen, "failed") | {"failure": line}
+            commit.write_json(self.store, commit.record_key(self.run_id), record)
+            self.store.write(f"runs/{self.run_id}/failure.txt", traceback.format_exc().encode())
 
 
 def _record(frozen: dict[str, Any], status: str) -> dict[str, Any]:
     kept = ("run_id", "source", "exclude", "salt", "scan_date", "started_at", "plan", "plan_version",
             "weights_sha256", "listed", "duplicates")  # fmt: skip
     return {"status": status} | {key: frozen[key] for key in kept}
-
-
-@contextmanager
-def _failing_by_name(store: Store, run_id: str, frozen: dict[str, Any], ledger: Ledger) -> Iterator[None]:
-    """Turns whatever ends the run into one line, and leaves the traceback beside the run record."""
-    try:
-        yield
-    except (KeyboardInterrupt, Exception) as error:
-        line = _one_line(error)
-        try:
-            if ledger.is_current():
-                commit.write_json(store, commit.record_key(run_id), _record(frozen, "failed") | {"failure": line})
-                store.write(f"runs/{run_id}/failure.txt", traceback.format_exc().encode())
-        except (BaseError, OSError):
-            pass  # the output itself is what failed: the line below says so
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise RunError(f"run {run_id!r} failed: {line}; start it again with --run-id {run_id} to go on") from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -269,45 +291,3 @@ def _one_line(error: BaseException) -> str:
         return f"storage: {reason(error)}"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__
-
-
-@contextmanager
-def _ray(plan: Plan) -> Iterator[None]:
-    """Joins the cluster that RAY_ADDRESS or the job names; else starts one here for the length of the scan."""
-    if ray.is_initialized():
-        _check_resources(plan)
-        yield
-        return
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        patience = SCALE_UP_SECONDS
-    else:
-        ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        patience = 0
-    try:
-        _check_resources(plan, patience)
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_resources(plan: Plan, patience: float = 0) -> None:
-    """Pools whose minimum does not fit would make Ray wait for ever; a cluster is given time to grow."""
-    limits = plan.preparation
-    pools = [limits.fetch, *(limits.decode for _ in decode_points(plan)), *plan.stages, limits.write]
-    cpus = sum(pool.actors.min * pool.num_cpus for pool in pools)
-    gpus = sum(pool.actors.min * pool.num_gpus for pool in pools)
-    needs = {"CPU": cpus, "GPU": gpus}
-    if patience:
-        request_resources(bundles=[{"CPU": pool.num_cpus, "GPU": pool.num_gpus} for pool in pools])
-    deadline = time.monotonic() + patience
-    while missing := [kind for kind, need in needs.items() if need > ray.cluster_resources().get(kind, 0) + 1e-9]:
-        if time.monotonic() >= deadline:
-            kind = missing[0]
-            raise RunError(
-                f"plan {plan.name!r} needs at least {needs[kind]:g} {kind}s for its pools, but Ray has "
-                f"{ray.cluster_resources().get(kind, 0):g}; lower num_{kind.lower()}s or actors.min in the plan, "
-                "or add nodes"
-            )
-        time.sleep(2)

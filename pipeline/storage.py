@@ -152,7 +152,7 @@ def check_writable(uri: str, endpoint_url: str | None) -> Store:
         store = Store(uri, endpoint_url)
         store.write("_state/probe", b"dorfman was here")
         store.delete(["_state/probe"])
-    except (BaseError, OSError, BotoCoreError) as error:
+    except (BaseError, OSError, BotoCoreError, ValueError) as error:
         raise UsageError(f"cannot write to {uri}: {reason(error)}") from error
     return store
 
@@ -220,7 +220,12 @@ def read_object(location: Location, endpoint_url: str | None) -> bytes:
         return Path(location.key).read_bytes()
     if is_plain_key(location.key):
         return bytes(obstore.get(open_bucket(location.bucket, None, endpoint_url), location.key).bytes())
-    return s3_client(endpoint_url).get_object(Bucket=location.bucket, Key=location.key)["Body"].read()
+    try:
+        return s3_client(endpoint_url).get_object(Bucket=location.bucket, Key=location.key)["Body"].read()
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") in {"NoSuchKey", "404"}:
+            raise FileNotFoundError(location.uri) from error
+        raise
 
 
 def list_prefixes(

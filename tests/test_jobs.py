@@ -40,6 +40,12 @@ def test_no_credentials():
         "HOME": "/nowhere",
     }
     expect(run("scan", "--source", "s3://some-bucket/x", "--output", "out-unused", **blank), 2, "no credentials")
+    expect(
+        run("scan", "--source", "/tmp", "--output", "s3://some-bucket/x", **blank),
+        2,
+        "cannot write to s3://",
+        "redential",
+    )
 
 
 def test_wrong_endpoint(tmp_path):

@@ -45,9 +45,12 @@ def parse(job: str, config_type: type, arguments: list[str]) -> Any:
     def build(config: Any) -> Any:
         return config_type() if config is None else config
 
-    if all(field.default is not MISSING or field.default_factory is not MISSING for field in fields(config_type)):
-        build.__defaults__ = (None,)  # no flag given at all
-    build.__annotations__ = {"config": Annotated[config_type, Parameter(name="*")]}
+    # Without a required field there may be no flag at all, and cyclopts wants a default.
+    optional = all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(config_type))
+    if optional:
+        build.__defaults__ = (None,)
+    annotation = config_type | None if optional else config_type
+    build.__annotations__ = {"config": Annotated[annotation, Parameter(name="*")]}
     app = App(
         name=f"python -m {job}",
         help=config_type.__doc__,

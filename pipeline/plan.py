@@ -171,7 +171,10 @@ def parse_plan(content: dict, origin: str) -> Plan:
     try:
         return Plan.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise UsageError(f"plan {origin}: {place + ': ' if place else ''}{first['msg']}{more}") from error
+        # An unknown field first: it is mostly the missing one, misspelt.
+        found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+        lines = [
+            f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}".removeprefix(": ") for entry in found
+        ]
+        more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+        raise UsageError(f"plan {origin}: {'; '.join(lines[:2])}{more}") from error

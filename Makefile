@@ -13,8 +13,8 @@ SOURCES := pipeline jobs models tests
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-scan: $(INSTALLED) ## scan the built-in demo; your own images: make scan ARGS="--source s3://bucket/prefix --output out"
-	$(BIN)/python -m jobs.scan $(ARGS)
+scan: $(INSTALLED) ## scan the demo; your own images: .venv/bin/python -m jobs.scan --source s3://bucket/prefix
+	$(BIN)/python -m jobs.scan --demo $(ARGS)
 
 test: $(INSTALLED) ## run the quick tests; one file: make test ARGS=tests/test_stages.py
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,6 +1,6 @@
 """Scans a bucket or folder: ``python -m jobs.scan --source s3://bucket/prefix --output s3://bucket/out``.
 
-Without a source it draws a demo corpus, serves it from an embedded S3-compatible server and scans that.
+``--demo`` draws a corpus, serves it from an embedded S3-compatible server and scans that.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from rich.console import Console
 
 from jobs.cli import run_job
 from pipeline.demo import demo_corpus
+from pipeline.errors import UsageError
 from pipeline.progress import closing_table
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.scan import ScanConfig, preflight, run_scan
 from pipeline.storage import Store
 
 
@@ -21,12 +22,13 @@ from pipeline.storage import Store
 class JobConfig(ScanConfig):
     """Scans the images of a bucket or folder for violating ones and writes tables, a run record and a report.
 
-    Without --source it scans a demo corpus from an embedded server. Exit codes: 0 complete, 1 the run
-    failed, 2 wrong usage, configuration or no input.
+    Exit codes: 0 complete, 1 the run failed, 2 wrong usage, configuration or no input.
     """
 
     source: str = ""
-    """What to scan: an s3:// prefix, a folder, or a Parquet or CSV file with a column 'uri'. Default: the demo."""
+    """What to scan: an s3:// prefix, a folder, or a Parquet or CSV file with a column 'uri'."""
+    demo: bool = False
+    """Scan a corpus drawn for the purpose, from an embedded S3-compatible server, instead of a source."""
     demo_images: int = 8000
     """Pictures in the demo corpus."""
     demo_prevalence: float = 0.015
@@ -34,18 +36,27 @@ class JobConfig(ScanConfig):
     demo_seed: int = 7
     """Seed of the demo corpus; training never saw this one."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.source) == self.demo:
+            raise UsageError("give either --source, what to scan, or --demo")
+        if self.demo and (self.labels or self.endpoint_url or self.output.startswith("s3://")):
+            raise UsageError("--demo brings labels and endpoint of its own and writes to a local folder")
+
 
 def run(config: JobConfig) -> None:
     console = Console()
     with ExitStack() as stack:
-        if not config.source:
+        if config.demo:
+            preflight(config)
             console.print(f"drawing {config.demo_images:,} demo pictures into an embedded S3 server")
             corpus = demo_corpus(config.demo_images, config.demo_prevalence, config.demo_seed)
             demo = stack.enter_context(corpus)
             labels = Store(config.output).write("labels.parquet", demo.labels)
             config = replace(
-                config, source=demo.source, endpoint_url=demo.endpoint_url, labels=labels, report_thumbnails=True
-            )
+                config, demo=False, source=demo.source, endpoint_url=demo.endpoint_url, labels=labels,
+                report_thumbnails=True,
+            )  # fmt: skip
         record = run_scan(config)
     console.print(closing_table(record))
     console.print(

@@ -37,6 +37,8 @@ def ray_session(plan: Plan) -> Iterator[None]:
         _check_resources(plan, patience)
         yield
     finally:
+        if patience:
+            request_resources(bundles=[])  # or the nodes would stay for ever
         ray.shutdown()
 
 
@@ -48,7 +50,9 @@ def _check_resources(plan: Plan, patience: float = 0) -> None:
     gpus = sum(pool.actors.min * pool.num_gpus for pool in pools)
     needs = {"CPU": cpus, "GPU": gpus}
     if patience:
-        request_resources(bundles=[{"CPU": pool.num_cpus, "GPU": pool.num_gpus} for pool in pools])
+        request_resources(
+            bundles=[{"CPU": pool.num_cpus, "GPU": pool.num_gpus} for pool in pools for _ in range(pool.actors.min)]
+        )
     deadline = time.monotonic() + patience
     while missing := [kind for kind, need in needs.items() if need > ray.cluster_resources().get(kind, 0) + 1e-9]:
         if time.monotonic() >= deadline:

@@ -33,6 +33,9 @@ from pipeline.source import Shard
 from pipeline.storage import Store
 from pipeline.tally import Tally
 
+# Errors that say more about the store and the workers than about the image.
+OUTAGE_CODES = ("fetch_failed", "fetch_denied", "decode_crash")
+
 
 def state_prefix(run_id: str) -> str:
     return f"_state/{run_id}"
@@ -74,8 +77,9 @@ def read_frozen(store: Store, run_id: str) -> dict[str, Any] | None:
 class Ledger:
     """The driver's view of one run: which shards are done, and the one way to make another one so."""
 
-    def __init__(self, store: Store, run_id: str, scan_date: str, shards: list[Shard]) -> None:
+    def __init__(self, store: Store, run_id: str, scan_date: str, shards: list[Shard], max_outage: float = 1.0) -> None:
         self.store = store
+        self.max_outage = max_outage
         self.run_id = run_id
         self.scan_date = scan_date
         self.shards = {shard.index: shard for shard in shards}
@@ -106,7 +110,7 @@ class Ledger:
         return shard
 
     def _commit(self, shard: Shard, receipts: list[dict[str, Any]]) -> None:
-        self._check_epoch()
+        self.check_epoch()
         tables = {name: self._merge(name, receipts) for name in schema.TABLES}
         tally = Tally()
         for receipt in receipts:
@@ -116,10 +120,12 @@ class Ledger:
         files = [self._write_merged(shard, folder, name, table) for name, table in tables.items()]
         marker = {"shard": shard.index, "epoch": self.epoch, "files": files, "tally": tally.to_json()}
         if not self.store.create(self._marker_key(shard.index), json_bytes(marker)):
-            raise RunError(
-                f"shard {shard.index} of run {self.run_id!r} was committed by another driver; this one stops"
-            )
-        self._publish(files)
+            # Another driver was faster, or an earlier try of this PUT went through unheard: its word counts.
+            self.check_epoch()
+            decided = read_json(self.store, self._marker_key(shard.index))
+            assert decided is not None
+            marker = decided
+        self._publish(marker["files"])
         self._count(shard.index, marker)
 
     def _merge(self, name: str, receipts: list[dict[str, Any]]) -> pa.Table:
@@ -147,6 +153,7 @@ class Ledger:
         tally.add_outcomes(_value_counts(ledger["outcome"]))
         tally.add_errors(_value_counts(ledger["error_code"].drop_null()))
         assert tally.listed == shard.images
+        self._check_outage(shard, tally)
         for outcome, name in (("flagged", "flagged"), ("error", "errors")):
             found = pc.count_distinct(tables[name]["image_id"]).as_py()
             if found != tally.outcomes[outcome]:
@@ -154,6 +161,16 @@ class Ledger:
                     f"shard {shard.index}: the ledger counts {tally.outcomes[outcome]} images as {outcome}, "
                     f"table {name} holds {found}"
                 )
+
+    def _check_outage(self, shard: Shard, tally: Tally) -> None:
+        """A store or a decoder that is down must not end as a complete run full of errors."""
+        failed = {code: tally.errors[code] for code in OUTAGE_CODES if code in tally.errors}
+        if sum(failed.values()) > self.max_outage * shard.images:
+            counts = ", ".join(f"{images} {code}" for code, images in failed.items())
+            raise RunError(
+                f"shard {shard.index}: {counts} of {shard.images} images, over the limit of {self.max_outage:g}; "
+                "mend the store or the workers, or raise --max-outage"
+            )
 
     def _write_merged(self, shard: Shard, folder: str, name: str, table: pa.Table) -> dict[str, Any]:
         body = table_bytes(table)
@@ -212,7 +229,8 @@ class Ledger:
     def is_current(self) -> bool:
         return self._latest_epoch() == self.epoch
 
-    def _check_epoch(self) -> None:
+    def check_epoch(self) -> None:
+        """Raises RunError when another driver has taken over."""
         latest = self._latest_epoch()
         if latest != self.epoch:
             raise RunError(f"run {self.run_id!r} was taken over by another driver (epoch {latest} after {self.epoch})")

@@ -17,14 +17,19 @@ import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 import pipeline.decode_child
+from pipeline.picture import ErrorCode
 from pipeline.plan import Preparation
 from pipeline.window import Image, Window, Work
 
 START_SECONDS = 60
+PATIENCE = 8
+"""Files of one window that may use up their whole deadline; after them the others get a second each."""
+MAX_ANSWER_BYTES = 65_536
 
 
 class Decoder:
@@ -35,9 +40,11 @@ class Decoder:
         self.side = side
         self.limits = limits
         self.child: _Child | None = None
+        self.timeouts = 0
 
     def __call__(self, windows: list[Window]) -> list[Window]:
         for window in windows:
+            self.timeouts = 0
             began = time.perf_counter()
             undecided = window.undecided
             decoded = [self._decode(window.images[position]) for position in undecided]
@@ -59,10 +66,11 @@ class Decoder:
         if self.child is None:
             self.child = _Child(self.side, self.limits)
         try:
-            answer, pixels = self.child.decode(image.payload)
+            answer, pixels = self.child.decode(image.payload, self._deadline())
         except TimeoutError:
+            image.fail("decode_timeout", f"not decoded within {self._deadline():g} s")
+            self.timeouts += 1
             self._replace_child()
-            image.fail("decode_timeout", f"not decoded within {self.limits.decode_seconds:g} s")
             return None
         except (EOFError, OSError, ValueError):
             status = self._replace_child()
@@ -74,6 +82,11 @@ class Decoder:
             return None
         image.format, image.width, image.height = answer
         return pixels
+
+    def _deadline(self) -> float:
+        """Seconds for the next picture. A window full of files that hang must not look like a stalled run."""
+        seconds = self.limits.decode_seconds
+        return seconds if self.timeouts < PATIENCE else min(seconds, 1.0)
 
     def _replace_child(self) -> int | None:
         assert self.child is not None
@@ -108,12 +121,13 @@ class _Child:
                     "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
                 },
             )
-        # poll() waits for the first byte of an answer, this for the rest of it.
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", START_SECONDS, 0))
+        # poll() waits for the first byte of an answer, these for the rest of it and for a child that does not read.
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", START_SECONDS, 0))
         self.connection = Connection(ours.detach())
         self.fresh = True
 
-    def decode(self, payload: bytes) -> tuple[list, np.ndarray | None]:
+    def decode(self, payload: bytes, seconds: float) -> tuple[list, np.ndarray | None]:
         """The child's answer, and the pixels when there are some.
 
         Raises TimeoutError when it takes too long, EOFError or OSError when it has died, ValueError
@@ -122,11 +136,13 @@ class _Child:
         self.connection.send_bytes(json.dumps([self.side, self.limits.max_megapixels * 1_000_000]).encode())
         self.connection.send_bytes(payload)
         # The first answer includes the interpreter's start.
-        if not self.connection.poll(self.limits.decode_seconds + (START_SECONDS if self.fresh else 0)):
+        if not self.connection.poll(seconds + (START_SECONDS if self.fresh else 0)):
             raise TimeoutError
-        answer = json.loads(self.connection.recv_bytes())
-        if not isinstance(answer, list) or len(answer) not in (2, 3):
-            raise ValueError(f"the decoder answered {answer!r}")
+        answer = json.loads(self.connection.recv_bytes(MAX_ANSWER_BYTES))
+        if not isinstance(answer, list) or tuple(map(type, answer)) not in ((str, int, int), (str, str)):
+            raise ValueError(f"the decoder answered {str(answer)[:100]!r}")
+        if len(answer) == 2 and answer[0] not in get_args(ErrorCode):
+            raise ValueError(f"the decoder answered with the unknown code {answer[0][:100]!r}")
         self.fresh = False
         if len(answer) == 2:
             return answer, None

@@ -36,6 +36,9 @@ class DemoCorpus:
 def serve_s3() -> Iterator[str]:
     """An empty server that keeps objects in memory; yields its endpoint url."""
     os.environ.update(CREDENTIALS)
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        os.environ.pop(name, None)
+    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -55,14 +55,14 @@ def load_examples(
         for name, category, label in zip(*(table[column].to_pylist() for column in LABELS.names), strict=True):
             truth[row[name], categories.index(category)] = bool(label)
         labels.append(truth)
-        pixels.append(_decoded(uri, names, side, cache, endpoint_url))
+        content = hashlib.sha256(f"{table.to_pylist()} {side}".encode()).hexdigest()[:16]
+        pixels.append(_decoded(cache / f"{content}.npy", names, side, endpoint_url))
     return np.concatenate(pixels), np.concatenate(labels)
 
 
-def _decoded(uri: str, names: list[str], side: int, cache: Path, endpoint_url: str | None) -> np.ndarray:
+def _decoded(path: Path, names: list[str], side: int, endpoint_url: str | None) -> np.ndarray:
     """The pictures of one labels file, memory-mapped; made on the first call."""
-    cache.mkdir(parents=True, exist_ok=True)
-    path = cache / f"{hashlib.sha256(f'{uri} {len(names)} {side}'.encode()).hexdigest()[:16]}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         chunks = [names[start : start + 200] for start in range(0, len(names), 200)]
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:

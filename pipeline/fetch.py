@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError, ClientError
 from obstore import exceptions as failures
 
+from pipeline.errors import UsageError
 from pipeline.plan import Preparation
 from pipeline.source import file_etag
 from pipeline.storage import Location, Store, is_plain_key, open_bucket, parse_uri, reason, s3_client
@@ -92,7 +93,10 @@ class Fetcher:
         limit = self.limits.max_megabytes * 1_000_000
         if image.size_bytes is not None and image.size_bytes > limit:
             raise FetchError("too_large", f"{image.size_bytes:,} bytes are over the limit of {limit:,}")
-        location = parse_uri(image.uri)
+        try:
+            location = parse_uri(image.uri)
+        except UsageError as error:
+            raise FetchError("fetch_failed", str(error)) from error
         if location.bucket is None:
             payload = await asyncio.to_thread(_read_file, location, image.etag)
         elif is_plain_key(location.key):
@@ -142,6 +146,8 @@ def _check_object(found_etag: str | None, size: int, listed_etag: str | None, li
 def _read_file(location: Location, etag: str | None) -> bytes:
     try:
         path = Path(location.key)
+        if path.exists() and not path.is_file():
+            raise FetchError("fetch_failed", "not a regular file")
         payload = path.read_bytes()
         now = file_etag(os.stat(path))
     except FileNotFoundError as error:

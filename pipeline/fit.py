@@ -15,6 +15,7 @@ from cyclopts import Parameter
 from models.backbone import TRUNKS, Trunk
 from models.evaluation import measure
 from models.group_net import GroupNet, MergePoint
+from models.merge import MERGES
 from models.training import Examples, TrainingConfig, train
 from models.weights import Card, load_net, save_net
 from pipeline.errors import RunError, UsageError
@@ -56,6 +57,8 @@ class TrainConfig:
     training: Annotated[TrainingConfig, Parameter(name="*")] = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        if self.merge not in MERGES:
+            raise UsageError(f"merge {self.merge!r} is unknown; known are {', '.join(MERGES)}")
         if self.trunk not in TRUNKS:
             raise UsageError(f"trunk {self.trunk!r} is unknown; known are {', '.join(TRUNKS)}")
 

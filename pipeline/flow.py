@@ -24,7 +24,8 @@ from pipeline.source import Shard
 from pipeline.stages import GroupStage
 from pipeline.storage import Store
 
-NO_PROGRESS_SECONDS = 300
+# Above what one window of hanging files may take its decoder: see decode.py.
+NO_PROGRESS_SECONDS = 600
 MAX_SOURCE_BLOCKS = 10_000
 
 
@@ -103,4 +104,6 @@ def _configure() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     # A block that fails must fail the run: losing it silently would lose its images.
     context.max_errored_blocks = 0
+    # Not "UDF failed to process a data block", but what it raised.
+    context.raise_original_map_exception = True
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS

@@ -35,6 +35,10 @@ from pipeline.stages import check_stage
 from pipeline.storage import Store, check_writable, parse_uri, reason
 from pipeline.tally import relative_cost, stage_rows
 
+RECORD_FIELDS = (
+    "run_id", "source", "exclude", "salt", "scan_date", "started_at", "plan", "plan_version",
+    "weights_sha256", "listed", "duplicates",
+)  # fmt: skip
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -60,12 +64,16 @@ class ScanConfig:
     """Objects whose base name matches one of these patterns are not listed."""
     salt: str | None = None
     """Fixes the order in which images are grouped, so that a scan can be repeated. Default: random."""
+    max_outage: float = 0.5
+    """Share of a shard's images that may fail for reasons of the store or the workers before the run fails."""
     report_thumbnails: bool = False
     """Show flagged pictures in the report. Reports travel, and real ones would carry what must not."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
             raise UsageError(f"shard size is {self.shard_size}, but a shard needs at least 1 image")
+        if not 0 <= self.max_outage <= 1:
+            raise UsageError(f"max outage is {self.max_outage}, but it is a share between 0 and 1")
         if self.run_id is not None and not RUN_ID.fullmatch(self.run_id):
             raise UsageError(f"run id {self.run_id!r} may hold letters, digits, '.', '_' and '-' only, up to 100")
 
@@ -90,8 +98,9 @@ def check_models(plan: Plan) -> Models:
             net, card = load_net(stage.model)
             check_stage(stage, plan.categories, net, card.categories)
             versions[stage.name] = (card.version, card.sha256)
-    except ValueError as error:
-        raise UsageError(f"plan {plan.name!r}: {error}") from error
+    except (ValueError, RuntimeError, KeyError) as error:
+        # RuntimeError and KeyError: weights or a merge that do not fit the card's trunk.
+        raise UsageError(f"plan {plan.name!r}: {' '.join(str(error).split())[:300]}") from error
     return Models(versions=versions, individual_gmac=gmac_per_test(net, plan.stages[-1].input_size, 1))
 
 
@@ -101,25 +110,45 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
     Raises UsageError before anything has begun and RunError afterwards.
     """
     began = time.perf_counter()
+    with storage_errors_as_usage():
+        plan, models, store = preflight(config)
+        run_id = config.run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
+        labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
+        frozen = commit.read_frozen(store, run_id)
+        if frozen is None:
+            frozen = _start(config, store, run_id, plan, models)
+        _check_same_run(frozen, config, run_id, plan, models)
+        record = commit.read_json(store, commit.record_key(run_id))
+        if record and record["status"] == "complete":
+            return record
+        driver = Driver(config, store, run_id, frozen, plan, models)
+    return driver.run(labels, began)
+
+
+def preflight(config: ScanConfig) -> tuple[Plan, Models, Store]:
+    """Whatever can be known to be wrong before anything is listed. Raises UsageError."""
     plan = load_plan(config.plan)
     models = check_models(plan)
-    labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
     _check_apart(config)
-    store = check_writable(config.output, config.endpoint_url)
-    run_id = config.run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
-    record = commit.read_json(store, commit.record_key(run_id))
-    if record and record["status"] == "complete":
-        return record
-    frozen = commit.read_frozen(store, run_id)
-    if frozen is None:
-        frozen = _start(config, store, run_id, plan, models)
-    _check_same_run(frozen, config, run_id, plan, models)
-    return Driver(config, store, run_id, frozen, plan, models).run(labels, began)
+    return plan, models, check_writable(config.output, config.endpoint_url)
+
+
+@contextmanager
+def storage_errors_as_usage() -> Iterator[None]:
+    """Before a run has begun, a store that does not answer is a matter of configuration."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (BaseError, BotoCoreError, ClientError, OSError, ValueError) as error:
+        raise UsageError(f"storage: {reason(error)}") from error
 
 
 def _check_apart(config: ScanConfig) -> None:
-    source, output = (parse_uri(uri).uri.rstrip("/") + "/" for uri in (config.source, config.output))
-    if output.startswith(source):
+    """The output must not be listed. An S3 source is a prefix, with or without a slash at its end."""
+    source, output = parse_uri(config.source), parse_uri(config.output)
+    inside = source.key if source.bucket else source.key.rstrip("/") + "/"
+    if source.bucket == output.bucket and (output.key.rstrip("/") + "/").startswith(inside):
         raise UsageError(f"output {config.output} lies inside source {config.source}: it would be scanned")
 
 
@@ -186,19 +215,19 @@ class Driver:
         self.plan = plan
         self.models = models
         shards = [Shard(**shard) for shard in frozen["shards"]]
-        self.ledger = Ledger(store, run_id, frozen["scan_date"], shards)
+        self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, config.max_outage)
         self.committed_before = self.ledger.tally.listed
 
     def run(self, labels: pa.Table | None, began: float) -> dict[str, Any]:
         """The run record. ``began``: reading of the clock when the scan was started."""
-        with self._failing_by_name():
-            commit.write_json(self.store, commit.record_key(self.run_id), _record(self.frozen, "running"))
+        with self._failing_by_name(began):
+            self._write_record("running", began)
             startup = self._stream(began)
-            quality = self._judge(labels)
-            record = _record(self.frozen, "complete") | self._results(time.perf_counter() - began, startup, quality)
+            record = self._record("complete", began, startup, self._judge(labels))
             write_report(
                 self.store, record, self.plan, self.config.endpoint_url, thumbnails=self.config.report_thumbnails
             )
+            self.ledger.check_epoch()
             commit.write_json(self.store, commit.record_key(self.run_id), record)
         # The run is complete: attempts that cannot be removed now are only litter.
         with suppress(BaseError, OSError):
@@ -212,7 +241,7 @@ class Driver:
             if not self.ledger.pending:
                 return None
             destination = Destination(
-                output=self.config.output,
+                output=self.store.uri,
                 endpoint_url=self.config.endpoint_url,
                 attempts=commit.attempts_prefix(self.run_id),
                 run_id=self.run_id,
@@ -235,10 +264,18 @@ class Driver:
         paths = [file["path"] for file in self.ledger.files if file["path"].startswith("ledger/")]
         return judge_run(self.store, paths, labels).to_json()
 
-    def _results(self, seconds: float, startup: float | None, quality: dict[str, Any] | None) -> dict[str, Any]:
+    def _write_record(self, status: str, began: float, **more: Any) -> None:
+        commit.write_json(self.store, commit.record_key(self.run_id), self._record(status, began, None, None) | more)
+
+    def _record(
+        self, status: str, began: float, startup: float | None, quality: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """The run record: what is committed at this moment."""
         tally = self.ledger.tally
-        return {
-            "finished_at": datetime.now(UTC).isoformat(),
+        seconds = time.perf_counter() - began
+        return {key: self.frozen[key] for key in RECORD_FIELDS} | {
+            "status": status,
+            "updated_at": datetime.now(UTC).isoformat(),
             "counts": {"listed": tally.listed, **tally.outcomes},
             "errors": tally.errors,
             "operators": tally.work_rows(),
@@ -255,7 +292,7 @@ class Driver:
         }
 
     @contextmanager
-    def _failing_by_name(self) -> Iterator[None]:
+    def _failing_by_name(self, began: float) -> Iterator[None]:
         """Turns whatever ends the run into one line, and leaves the traceback beside the run record."""
         try:
             yield
@@ -263,23 +300,16 @@ class Driver:
             line = _one_line(error)
             # When the output itself is what failed, the line below has to do.
             with suppress(BaseError, OSError):
-                self._record_failure(line)
+                self._record_failure(line, began)
             if isinstance(error, KeyboardInterrupt):
                 raise
             again = f"start it again with --run-id {self.run_id} to go on"
             raise RunError(f"run {self.run_id!r} failed: {line}; {again}") from error
 
-    def _record_failure(self, line: str) -> None:
+    def _record_failure(self, line: str, began: float) -> None:
         if self.ledger.is_current():
-            record = _record(self.frozen, "failed") | {"failure": line}
-            commit.write_json(self.store, commit.record_key(self.run_id), record)
+            self._write_record("failed", began, failure=line)
             self.store.write(f"runs/{self.run_id}/failure.txt", traceback.format_exc().encode())
-
-
-def _record(frozen: dict[str, Any], status: str) -> dict[str, Any]:
-    kept = ("run_id", "source", "exclude", "salt", "scan_date", "started_at", "plan", "plan_version",
-            "weights_sha256", "listed", "duplicates")  # fmt: skip
-    return {"status": status} | {key: frozen[key] for key in kept}
 
 
 def _one_line(error: BaseException) -> str:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import UsageError
 from pipeline.plan import WindowSpec
 from pipeline.schema import MANIFEST
-from pipeline.storage import Location, Store, list_prefixes, list_side_by_side, parse_uri, read_object
+from pipeline.storage import Location, Store, list_side_by_side, parse_uri, read_object
 
 LISTED = pa.schema(
     [MANIFEST.field(name) for name in ("uri", "size_bytes", "etag", "modified_at", "image_id")]
@@ -74,7 +74,7 @@ def list_source(source: str, exclude: tuple[str, ...], endpoint_url: str | None)
     else:
         rows = _list_s3(location, endpoint_url)
     for row in rows:
-        name = row["uri"].rsplit("/", 1)[1]
+        name = row["uri"].rsplit("/", 1)[-1]
         if name and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
             yield row
 
@@ -82,7 +82,16 @@ def list_source(source: str, exclude: tuple[str, ...], endpoint_url: str | None)
 def _list_folder(folder: Path) -> Iterator[dict[str, Any]]:
     if not folder.is_dir():
         raise UsageError(f"source {folder}: no such folder")
-    for parent, _, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        # An unreadable folder left out in silence would be images lost.
+        raise UsageError(f"source {folder}: cannot list {error.filename}: {error.strerror}") from error
+
+    walked: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        # A link may lead back to a folder above it.
+        walked.add(os.path.realpath(parent))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in walked]
         for name in names:
             path = os.path.join(parent, name)
             try:
@@ -106,8 +115,7 @@ def file_etag(status: os.stat_result) -> str:
 
 def _list_s3(location: Location, endpoint_url: str | None) -> Iterator[dict[str, Any]]:
     """Lists the sub-prefixes side by side: one listing after the other is the limit in a large bucket."""
-    prefixes, objects = list_prefixes(location, endpoint_url)
-    for entry in itertools.chain(objects, list_side_by_side(prefixes, endpoint_url)):
+    for entry in list_side_by_side(location, endpoint_url):
         yield {
             "uri": f"s3://{location.bucket}/{entry['Key']}",
             "size_bytes": entry["Size"],
@@ -127,10 +135,17 @@ def _list_table(location: Location, endpoint_url: str | None) -> Iterator[dict[s
         raise UsageError(f"source {location.uri}: cannot be read as a table of uris: {error}") from error
     if "uri" not in table.column_names:
         raise UsageError(f"source {location.uri}: no column 'uri' among {table.column_names}")
-    columns = [name for name in ("uri", "size_bytes", "etag", "modified_at") if name in table.column_names]
+    columns = [field for field in LISTED if field.name in table.column_names and field.name not in ("image_id", "rank")]
+    try:
+        table = table.select([field.name for field in columns]).cast(pa.schema(columns))
+    except (pa.ArrowException, ValueError) as error:
+        raise UsageError(f"source {location.uri}: {error}") from error
     blank = dict.fromkeys(("size_bytes", "etag", "modified_at"))
-    for row in table.select(columns).to_pylist():
-        yield blank | row
+    for row in table.to_pylist():
+        if not row["uri"]:
+            raise UsageError(f"source {location.uri}: a row has no uri")
+        uri = parse_uri(row["uri"]).uri  # a local path gets its file:// form; what is neither is refused here
+        yield blank | row | {"uri": uri, "etag": row["etag"].strip('"') if row.get("etag") else None}
 
 
 def build_manifest(

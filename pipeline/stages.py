@@ -58,6 +58,8 @@ class GroupStage:
         self.gmac = round_gmac(spec, self.net)
         self.device = torch.device("cuda" if spec.num_gpus else "cpu")
         self.dtype = DTYPES[spec.dtype]
+        # float32 means float32: TF32 would move scores by more than a change of batch does.
+        torch.backends.cudnn.allow_tf32 = False
         self.net.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if not spec.num_gpus:
             torch.set_num_threads(max(1, round(spec.num_cpus)))

@@ -6,13 +6,14 @@ credentials for it, and lists and fetches what obstore cannot name: see ``is_pla
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from queue import Queue
-from threading import Lock, Thread
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10
 READ_SECONDS = 60
+LISTING_THREADS = 16
+LISTING_DEPTH = 3
 
 
 @dataclass(frozen=True)
@@ -150,56 +153,54 @@ def check_writable(uri: str, endpoint_url: str | None) -> Store:
     """Opens an output and writes a probe into it, or says in one line why not."""
     try:
         store = Store(uri, endpoint_url)
-        store.write("_state/probe", b"dorfman was here")
-        store.delete(["_state/probe"])
+        probe = f"_state/probe-{uuid.uuid4().hex}"  # two scans may start at once
+        store.write(probe, b"dorfman was here")
+        store.delete([probe])
     except (BaseError, OSError, BotoCoreError, ValueError) as error:
         raise UsageError(f"cannot write to {uri}: {reason(error)}") from error
     return store
 
 
-def list_bucket(location: Location, endpoint_url: str | None) -> Iterator[ObjectTypeDef]:
-    """Every object below a prefix, as ``list_objects_v2`` describes it, with its literal key."""
-    assert location.bucket is not None
-    pages = (
-        s3_client(endpoint_url).get_paginator("list_objects_v2").paginate(Bucket=location.bucket, Prefix=location.key)
-    )
-    try:
-        for page in pages:
-            yield from page.get("Contents", [])
-    except (BotoCoreError, ClientError) as error:
-        raise UsageError(f"cannot list {location.uri}: {reason(error)}") from error
+def list_side_by_side(location: Location, endpoint_url: str | None) -> Iterator[ObjectTypeDef]:
+    """Every object below a prefix with its literal key, in no order, never more than a few thousand in memory.
 
-
-def list_side_by_side(prefixes: list[Location], endpoint_url: str | None, threads: int = 16) -> Iterator[ObjectTypeDef]:
-    """Every object below several prefixes, in no order; never more than a few thousand waiting in memory."""
-    waiting: Queue[ObjectTypeDef | Exception | None] = Queue(maxsize=4000)
-    todo = iter(prefixes)
-    lock = Lock()
+    Prefixes are split at their ``/`` for LISTING_DEPTH levels and listed by LISTING_THREADS threads: one
+    listing after the other is what limits a large bucket. Raises UsageError.
+    """
+    found: Queue[ObjectTypeDef | Exception | None] = Queue(maxsize=4000)
+    todo: Queue[tuple[str, int] | None] = Queue()
+    todo.put((location.key, 0))
+    client = s3_client(endpoint_url)
 
     def work() -> None:
-        try:
-            while True:
-                with lock:
-                    prefix = next(todo, None)
-                if prefix is None:
-                    break
-                for entry in list_bucket(prefix, endpoint_url):
-                    waiting.put(entry)
-        except UsageError as error:
-            waiting.put(error)
-        waiting.put(None)
+        while (item := todo.get()) is not None:
+            prefix, depth = item
+            delimiter = "/" if depth < LISTING_DEPTH else ""
+            pages = client.get_paginator("list_objects_v2").paginate(
+                Bucket=location.bucket or "", Prefix=prefix, Delimiter=delimiter
+            )
+            try:
+                for page in pages:
+                    for entry in page.get("Contents", []):
+                        found.put(entry)
+                    for below in page.get("CommonPrefixes", []):
+                        todo.put((below["Prefix"], depth + 1))
+            except Exception as error:  # noqa: BLE001  the reader of the queue raises it
+                found.put(error)
+            todo.task_done()
 
-    for _ in range(threads):
-        Thread(target=work, daemon=True).start()
-    running = threads
-    while running:
-        entry = waiting.get()
+    def finish() -> None:
+        todo.join()
+        found.put(None)
+        for _ in range(LISTING_THREADS):
+            todo.put(None)
+
+    for target in (*(work for _ in range(LISTING_THREADS)), finish):
+        Thread(target=target, daemon=True).start()
+    while (entry := found.get()) is not None:
         if isinstance(entry, Exception):
-            raise entry
-        if entry is None:
-            running -= 1
-        else:
-            yield entry
+            raise UsageError(f"cannot list {location.uri}: {reason(entry)}") from entry
+        yield entry
 
 
 def reason(error: Exception) -> str:
@@ -226,32 +227,3 @@ def read_object(location: Location, endpoint_url: str | None) -> bytes:
         if error.response.get("Error", {}).get("Code") in {"NoSuchKey", "404"}:
             raise FileNotFoundError(location.uri) from error
         raise
-
-
-def list_prefixes(
-    location: Location, endpoint_url: str | None, wanted: int = 32
-) -> tuple[list[Location], list[ObjectTypeDef]]:
-    """Splits a prefix at its ``/`` until there are about ``wanted`` to list side by side.
-
-    Returns the prefixes to list, and the objects met above them.
-    """
-    todo = [location]
-    objects: list[ObjectTypeDef] = []
-    for _ in range(4):
-        if not todo or len(todo) >= wanted:
-            break
-        below: list[Location] = []
-        for parent in todo:
-            pages = (
-                s3_client(endpoint_url)
-                .get_paginator("list_objects_v2")
-                .paginate(Bucket=parent.bucket or "", Prefix=parent.key, Delimiter="/")
-            )
-            try:
-                for page in pages:
-                    objects += page.get("Contents", [])
-                    below += [Location(parent.bucket, entry["Prefix"]) for entry in page.get("CommonPrefixes", [])]
-            except (BotoCoreError, ClientError) as error:
-                raise UsageError(f"cannot list {parent.uri}: {reason(error)}") from error
-        todo = below
-    return todo, objects

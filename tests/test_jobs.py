@@ -32,14 +32,14 @@ def pictures(corpus: Path) -> str:
     return str(corpus)
 
 
-def test_no_credentials():
+def test_no_credentials(tmp_path):
     blank = {
         "AWS_ACCESS_KEY_ID": "",
         "AWS_SECRET_ACCESS_KEY": "",
         "AWS_EC2_METADATA_DISABLED": "true",
         "HOME": "/nowhere",
     }
-    expect(run("scan", "--source", "s3://some-bucket/x", "--output", "out-unused", **blank), 2, "no credentials")
+    expect(run("scan", "--source", "s3://some-bucket/x", "--output", str(tmp_path), **blank), 2, "no credentials")
     expect(
         run("scan", "--source", "/tmp", "--output", "s3://some-bucket/x", **blank),
         2,
@@ -115,6 +115,8 @@ def test_pools_that_do_not_fit_the_machine_fail_at_once(pictures, tmp_path):
 
 def test_wrong_flags(tmp_path):
     expect(run("scan", "--sauce", "x"), 2, "Unknown option", "--source")
+    expect(run("scan"), 2, "either --source", "--demo")
+    expect(run("scan", "--demo", "--output", "s3://b/x"), 2, "writes to a local folder")
     expect(run("scan", "--source", "x", "--shard-size", "many"), 2, "--shard-size", "many")
     expect(run("scan", "--source", "x", "--shard-size", "0"), 2, "shard size is 0")
     expect(run("scan", "--source", "x", "--run-id", "../../etc"), 2, "run id")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import struct
+import subprocess
+import sys
 import time
 import zlib
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from pipeline.decode import Decoder
+from pipeline.decode import PATIENCE, Decoder
 from pipeline.picture import PictureError, decode_picture
 from pipeline.plan import Preparation
 from pipeline.window import Image, Window
@@ -167,9 +171,39 @@ def test_a_picture_that_wants_more_memory_than_allowed_is_an_error():
 
 
 def test_the_child_dies_with_its_parent():
+    code = (
+        "import time; from tests.test_picture import GOOD, window; from pipeline.decode import Decoder\n"
+        "from pipeline.plan import Preparation\n"
+        "decoder = Decoder('d', 32, Preparation()); decoder([window(GOOD['png'][0])])\n"
+        "print(decoder.child.process.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    os.kill(child, signal.SIGSTOP)  # it cannot notice by itself that its socket has closed
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"decoder {child} outlived its parent")
+
+
+def test_a_window_of_files_that_hang_does_not_take_for_ever():
+    decoder = Decoder("decode:s", 32, Preparation(decode_seconds=9))
+    assert decoder._deadline() == 9
+    decoder.timeouts = PATIENCE
+    assert decoder._deadline() == 1
+
+
+@pytest.mark.parametrize(
+    "answer", [b"no json", b"{}", b'["JPEG", "a", "b"]', b'["new code", "x"]', b"[" + b"1," * 40_000 + b"1]"]
+)
+def test_a_child_that_answers_nonsense_costs_one_error_row(answer):
     decoder = Decoder("decode:s", 32, Preparation())
     decoder([window(GOOD["jpeg"][0])])
-    process = decoder.child.process
-    decoder.child.connection.close()
-    assert process.wait(timeout=10) == 0
-    assert not Path(f"/proc/{process.pid}").exists() or time.sleep(0.1) is None
+    ours, theirs = socket.socketpair()
+    decoder.child.connection = Connection(ours.detach())
+    Connection(theirs.detach()).send_bytes(answer)
+    (result,) = decoder([window(GOOD["jpeg"][0], GOOD["png"][0])])
+    assert [image.error_code for image in result.images] == ["decode_crash", None]

@@ -147,7 +147,7 @@ def run_record(**changes: Any) -> dict[str, Any]:
         "source": "s3://uploads/",
         "scan_date": "2026-01-02",
         "started_at": "2026-01-02T03:04:05.678+00:00",
-        "finished_at": "2026-01-02T03:06:05+00:00",
+        "updated_at": "2026-01-02T03:06:05+00:00",
         "plan_version": PLAN.version,
         "weights_sha256": {"screen": "aa" * 32, "retest": "bb" * 32},
         "counts": {"listed": 2010, "cleared": 1996, "flagged": 4, "error": 10, "skipped": 0},

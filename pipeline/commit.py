@@ -118,7 +118,7 @@ class Ledger:
         self._reconcile(shard, tables, tally)
         folder = f"{attempts_prefix(self.run_id)}/shard-{shard.index:05d}/merged-{self.epoch:06d}"
         files = [self._write_merged(shard, folder, name, table) for name, table in tables.items()]
-        marker = {"shard": shard.index, "epoch": self.epoch, "files": files, "tally": tally.to_json()}
+        marker: dict[str, Any] = {"shard": shard.index, "epoch": self.epoch, "files": files, "tally": tally.to_json()}
         if not self.store.create(self._marker_key(shard.index), json_bytes(marker)):
             # Another driver was faster, or an earlier try of this PUT went through unheard: its word counts.
             self.check_epoch()

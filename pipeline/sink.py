@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import schema
 from pipeline.plan import Plan, StageSpec
 from pipeline.storage import Store
-from pipeline.window import OUTCOMES, Image, Test, Window
+from pipeline.window import OUTCOMES, GroupTest, Image, Window
 
 DEFAULT_ACTION = "review"
 
@@ -120,15 +120,15 @@ class Rows:
             }
         return row
 
-    def _thresholds(self, test: Test) -> list[float]:
+    def _thresholds(self, test: GroupTest) -> list[float]:
         spec = self.specs[test.stage]
         return [spec.thresholds[category][test.round] for category in self.plan.categories]
 
-    def _nearest_category(self, test: Test) -> int:
+    def _nearest_category(self, test: GroupTest) -> int:
         """The category whose score lies highest above, or least below, its threshold."""
         return int(np.argmax(np.array(test.scores) - self._thresholds(test)))
 
-    def _is_individual(self, test: Test) -> bool:
+    def _is_individual(self, test: GroupTest) -> bool:
         return self.specs[test.stage].rounds[test.round] == 1
 
     def _flagged(self, image: Image, now: datetime) -> Iterator[dict[str, Any]]:
@@ -158,7 +158,7 @@ class Rows:
                 "recommended_action": DEFAULT_ACTION,
             }
 
-    def _history(self, test: Test, category: int) -> dict[str, Any]:
+    def _history(self, test: GroupTest, category: int) -> dict[str, Any]:
         return {
             "stage": test.stage,
             "round": test.round,

@@ -22,7 +22,7 @@ from models.group_net import GroupNet, Kept
 from models.training import normalise
 from models.weights import load_net
 from pipeline.plan import StageSpec
-from pipeline.window import Image, Test, Window, Work
+from pipeline.window import GroupTest, Image, Window, Work
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -150,7 +150,7 @@ class GroupStage:
         positive = (scores_GK >= self.thresholds[number]).any(axis=1) & finite
         for group, scores, hit, sound in zip(groups, scores_GK.tolist(), positive, finite, strict=True):
             images = group.images
-            test = Test(
+            test = GroupTest(
                 stage=self.spec.name, round=number, group_id=group.number, group_size=len(images), scores=scores
             )
             for image in images:

@@ -20,7 +20,7 @@ OUTCOMES: tuple[Outcome, ...] = ("cleared", "flagged", "error", "skipped")
 
 
 @dataclass(slots=True, kw_only=True)
-class Test:
+class GroupTest:
     """One test of one group that an image was a member of."""
 
     stage: str
@@ -46,7 +46,7 @@ class Image:
     outcome: Outcome | None = None
     error_code: str | None = None
     error_detail: str | None = None
-    tests: list[Test] = field(default_factory=list)
+    tests: list[GroupTest] = field(default_factory=list)
 
     def decide(self, outcome: Outcome) -> None:
         """Sets the outcome, once, and drops the payload: nothing behind this needs it."""
@@ -132,7 +132,9 @@ def windows_to_table(windows: list[Window]) -> pa.Table:
 def windows_from_table(table: pa.Table) -> list[Window]:
     windows = []
     for row in table.to_pylist():
-        images = [Image(**(image | {"tests": [Test(**test) for test in image["tests"]]})) for image in row["images"]]
+        images = [
+            Image(**(image | {"tests": [GroupTest(**test) for test in image["tests"]]})) for image in row["images"]
+        ]
         side = row["pixels_side"]
         pixels = None if side is None else np.frombuffer(row["pixels"], np.uint8).reshape(-1, side, side, 3)
         windows.append(

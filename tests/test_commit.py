@@ -19,7 +19,7 @@ from pipeline.sink import Sink
 from pipeline.source import build_manifest
 from pipeline.storage import Store
 from pipeline.tally import Tally, stage_rows
-from pipeline.window import Image, Test, Window, Work, windows_from_table, windows_to_table
+from pipeline.window import GroupTest, Image, Window, Work, windows_from_table, windows_to_table
 from tests.test_plan import content
 
 PLAN = parse_plan(content(window={"images": 16}), "test")
@@ -47,7 +47,7 @@ class Run:
             table = pq.read_table(f"{self.output}/{ref['key']}").slice(ref["first_row"], ref["rows"])
             images = [Image(image_id=row["image_id"], uri=row["uri"]) for row in table.to_pylist()]
             for number, image in enumerate(images):
-                image.tests.append(Test(stage="one", round=1, group_id="g", group_size=4, scores=[0.7]))
+                image.tests.append(GroupTest(stage="one", round=1, group_id="g", group_size=4, scores=[0.7]))
                 if number == 3:
                     image.fail("truncated", "half a file")
                 else:

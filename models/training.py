@@ -50,6 +50,8 @@ class TrainingConfig:
     """The net that is kept is the running average of the trained one."""
     hard_share: float = 0.0
     """Share of the negatives drawn from those the net finds hardest; they are looked for four times."""
+    frozen: tuple[str, ...] = ()
+    """Segments whose weights stay as they were initialised: early ones cost most of a step and change least."""
     seed: int = 1
     threads: int = 2
 
@@ -111,6 +113,9 @@ class Trainer:
         self.shares = np.array(config.group_shares) / sum(config.group_shares)
         net.to(memory_format=torch.channels_last)
         net.train()
+        for segment in config.frozen:
+            for child in net.trunk.spec.segments[segment]:
+                net.trunk.classifier.get_submodule(child).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(_parameter_groups(net, config.weight_decay), lr=config.learning_rate)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.15

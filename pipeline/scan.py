@@ -111,6 +111,7 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
     """
     began = time.perf_counter()
     with storage_errors_as_usage():
+        _check_apart(config)
         plan, models, store = preflight(config)
         run_id = config.run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
         labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
@@ -126,10 +127,9 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
 
 
 def preflight(config: ScanConfig) -> tuple[Plan, Models, Store]:
-    """Whatever can be known to be wrong before anything is listed. Raises UsageError."""
+    """Whatever can be known to be wrong without the source. Raises UsageError."""
     plan = load_plan(config.plan)
     models = check_models(plan)
-    _check_apart(config)
     return plan, models, check_writable(config.output, config.endpoint_url)
 
 

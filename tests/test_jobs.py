@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.examples import read_labels
 from tests.conftest import small_plan
 
 
@@ -159,3 +161,16 @@ def test_configuration_file_gives_values_that_flags_override(pictures, tmp_path)
     assert (config.source, config.shard_size, config.exclude) == ("s3://bucket/x", 5, ("*.tmp",))
     config = parse("jobs.scan", JobConfig, ["--source", "y", "--exclude", "a", "b*"])
     assert config.exclude == ("a", "b*")
+
+
+def test_the_demo_draws_serves_and_scans_a_corpus(tmp_path):
+    result = run(
+        "scan", "--demo", "--demo-images", "64", "--demo-prevalence", "0.125", "--output", str(tmp_path / "out")
+    )
+    assert result.returncode == 0, result.stderr
+    assert "recall" in result.stdout and "cost relative to testing every image alone" in result.stdout
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "out/runs").glob("*.json"))
+    assert record["counts"]["listed"] == 64 and record["quality"]["positives"] == 8
+    assert read_labels(str(tmp_path / "out/labels.parquet")).num_rows == 64
+    report = (tmp_path / "out/runs" / record["run_id"] / "report.html").read_text()
+    assert report.count("data:image/jpeg") == record["counts"]["flagged"] > 0

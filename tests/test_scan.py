@@ -17,6 +17,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from pipeline.examples import read_labels
 from pipeline.scan import ScanConfig, run_scan
@@ -138,6 +139,22 @@ def test_nothing_is_left_behind_and_a_complete_run_never_changes(scanned, corpus
 def test_call_pool_and_shard_sizes_do_not_change_a_verdict(scanned, corpus, tmp_path, shard_size, changes):
     scan(corpus, tmp_path / "out", small_plan(tmp_path, **changes), shard_size=shard_size)
     assert verdicts(tmp_path / "out") == verdicts(scanned[0])
+
+
+def test_survivors_are_decoded_again_for_a_stage_of_another_size(corpus, scanned, tmp_path):
+    plan = small_plan(tmp_path, num_cpus=0.3)
+    content = yaml.safe_load(plan.read_text())
+    content["stages"][1]["input_size"] = 128
+    plan.write_text(yaml.safe_dump(content))
+    record = scan(corpus, tmp_path / "out", plan)
+    operators = {row["operator"]: row for row in record["operators"]}
+    assert operators["decode:group"]["images_in"] == 320
+    assert (
+        operators["decode:single"]["images_in"] == record["stages"][0]["images_out"] == record["stages"][1]["images_in"]
+    )
+    for name in ("images_in", "tests", "images_out"):
+        assert record["stages"][0][name] == scanned[1]["stages"][0][name]
+    assert record["quality"]["recall"] > 0.9
 
 
 def test_a_scan_through_s3_gives_the_verdicts_of_a_local_one(scanned, corpus, s3_endpoint, tmp_path):

@@ -1,9 +1,9 @@
 """Exactly once: from attempt files to tables, one shard at a time, by whichever driver comes first.
 
     OUT/_state/<run_id>/run.json             what the run is: frozen when it starts
-    OUT/_state/<run_id>/manifest/            one file per shard
-    OUT/_state/<run_id>/epochs/000001        one per driver that took the run over
-    OUT/_state/<run_id>/markers/shard-00000  the decision that a shard is done, and with which files
+    OUT/_state/<run_id>/manifest-*/          one file per shard; run.json names the folder that counts
+    OUT/_state/<run_id>/epochs/000001.json   one per driver that took the run over
+    OUT/_state/<run_id>/markers/shard-*.json the decision that a shard is done, and with which files
     OUT/_attempts/<run_id>/                  what the sink wrote; read by nobody but this module
     OUT/<table>/scan_date=D/<run_id>-shard-00000.parquet
     OUT/runs/<run_id>.json                   the run record: status complete, written last

@@ -105,7 +105,7 @@ class GroupStage:
         """Logits (G, K) of a later round, from kept features, in batches of one fixed shape."""
         logits = [torch.empty(0, self.net.num_categories)]
         if kept.units:
-            width = max(1, self.spec.batch_images // size)
+            width = self._groups_per_batch(size)
             for units_UCHW in kept.units[size].split(width):
                 logits.append(self.net.retest(_pad(units_UCHW, width), size)[: len(units_UCHW)].float().cpu())
         return torch.cat(logits)

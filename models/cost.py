@@ -16,7 +16,8 @@ from models.group_net import GroupNet
 
 def segment_gmac(net: GroupNet, input_size: int) -> dict[str, float]:
     """GMAC of each segment and of the head, for one unit of an input of ``input_size`` squared."""
-    # On the meta device shapes flow but nothing is computed: the largest trunk is counted in no time.
+    # On the meta device shapes flow but nothing is computed: the largest trunk is counted in no time. Attention
+    # there takes the written-out path, whose products are seen; the fused kernel of a real device hides them.
     trunk = copy.deepcopy(net.trunk).to("meta").eval()
     x = torch.empty(1, 3, input_size, input_size, device="meta")
     costs: dict[str, float] = {}
@@ -31,6 +32,13 @@ def segment_gmac(net: GroupNet, input_size: int) -> dict[str, float]:
             trunk.head(x)
         costs["head"] = counter.get_total_flops() / 2e9
     return costs
+
+
+def embedding_gmac(net: GroupNet, input_size: int) -> float:
+    """GMAC for one image of the layers before the first merge: what ``GroupNet.regroup`` saves for each slot."""
+    costs = segment_gmac(net, input_size)
+    cuts = net.trunk.cuts
+    return sum(costs[cut] for cut in cuts[: cuts.index(net.merge_points[0].cut) + 1])
 
 
 def gmac_per_test(net: GroupNet, input_size: int, group_size: int, reused_from: int | None = None) -> float:

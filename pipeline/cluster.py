@@ -1,29 +1,31 @@
-"""The Ray session a scan runs in: the cluster that is there, or one of its own; and whether it is large enough."""
+"""The Ray session a job runs in: the cluster that is there, or one of its own; and whether it is large enough."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
 from ray.autoscaler.sdk import request_resources
 
 from pipeline.errors import RunError
-from pipeline.flow import decode_points
-from pipeline.plan import Plan
+from pipeline.plan import Pool
 
 # How long a cluster may take to grow from nothing to the pools' minimum.
 SCALE_UP_SECONDS = 600
 
 
 @contextmanager
-def ray_session(plan: Plan) -> Iterator[None]:
-    """Joins the cluster that RAY_ADDRESS or the job names; else starts one here for the length of the scan."""
+def ray_session(pools: Sequence[Pool], what: str) -> Iterator[None]:
+    """Joins the cluster that RAY_ADDRESS or the job names; else starts one here for as long as it is needed.
+
+    Raises RunError when the minimum of ``pools``, those of ``what``, does not fit.
+    """
     if ray.is_initialized():
-        _check_resources(plan)
+        _check_resources(pools, what)
         yield
         return
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -34,7 +36,7 @@ def ray_session(plan: Plan) -> Iterator[None]:
         ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         patience = 0
     try:
-        _check_resources(plan, patience)
+        _check_resources(pools, what, patience)
         yield
     finally:
         if patience:
@@ -42,10 +44,8 @@ def ray_session(plan: Plan) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_resources(plan: Plan, patience: float = 0) -> None:
+def _check_resources(pools: Sequence[Pool], what: str, patience: float = 0) -> None:
     """Pools whose minimum does not fit would make Ray wait for ever; a cluster is given time to grow."""
-    limits = plan.preparation
-    pools = [limits.fetch, *(limits.decode for _ in decode_points(plan)), *plan.stages, limits.write]
     cpus = sum(pool.actors.min * pool.num_cpus for pool in pools)
     gpus = sum(pool.actors.min * pool.num_gpus for pool in pools)
     needs = {"CPU": cpus, "GPU": gpus}
@@ -58,8 +58,7 @@ def _check_resources(plan: Plan, patience: float = 0) -> None:
         if time.monotonic() >= deadline:
             kind = missing[0]
             raise RunError(
-                f"plan {plan.name!r} needs at least {needs[kind]:g} {kind}s for its pools, but Ray has "
-                f"{ray.cluster_resources().get(kind, 0):g}; lower num_{kind.lower()}s or actors.min in the plan, "
-                "or add nodes"
+                f"{what} needs at least {needs[kind]:g} {kind}s for its pools, but Ray has "
+                f"{ray.cluster_resources().get(kind, 0):g}; lower num_{kind.lower()}s or actors.min, or add nodes"
             )
         time.sleep(2)

@@ -1,4 +1,4 @@
-"""A labelled corpus of pictures, some with the prohibited emblem, written to any store.
+"""A labelled corpus of pictures, some with a prohibited emblem, written to any store.
 
 Every picture is drawn from ``(seed, index)`` alone, so the corpus is the same on any number of
 cores. ``labels.parquet`` (uri, category, label) is written last, beside the pictures.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,9 +22,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.emblem import (
+    EMBLEMS,
     LOOK_ALIKES,
+    Draw,
     draw_background,
-    draw_emblem,
     photo_background,
     stamp,
 )
@@ -33,8 +33,10 @@ from pipeline.errors import UsageError
 from pipeline.schema import LABELS
 from pipeline.storage import Store
 
-CATEGORY = "emblem"
-# Share of the pictures without the emblem that carry a look-alike; and of those with it.
+CATEGORIES = tuple(EMBLEMS)
+# Share of the violating pictures that show two categories.
+TWO_EMBLEMS_SHARE = 0.06
+# Share of the pictures without an emblem that carry a look-alike; and of those with one.
 LOOK_ALIKE_SHARE = 0.45
 LOOK_ALIKE_BESIDE_EMBLEM = 0.2
 # A photograph is never enlarged beyond this, or the corpus would be all blur.
@@ -52,7 +54,7 @@ class CorpusConfig:
     images: int = 8000
     """Number of pictures."""
     prevalence: float = 0.015
-    """Share of the pictures that carry the emblem."""
+    """Share of the pictures that carry an emblem; the categories take turns."""
     seed: int = 1
     """The same seed gives the same pictures."""
     sides: tuple[int, int] = (200, 1600)
@@ -78,22 +80,34 @@ class CorpusConfig:
 def make_corpus(config: CorpusConfig) -> int:
     """Writes the pictures, then their labels; returns the number of positives."""
     photos = list_photos(config.backgrounds, config.backgrounds_part) if config.backgrounds else []
-    positive = np.zeros(config.images, dtype=bool)
-    chosen = np.random.default_rng(config.seed).permutation(config.images)
-    positive[chosen[: round(config.images * config.prevalence)]] = True
+    shown_NK = choose_categories(config)
     uris: list[str] = []
     with ProcessPoolExecutor(config.processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         jobs = [
-            pool.submit(_write_pictures, config, photos, chunk, positive[chunk])
+            pool.submit(_write_pictures, config, photos, chunk, shown_NK[chunk])
             for chunk in np.array_split(np.arange(config.images), math.ceil(config.images / 50))
         ]
         for job in jobs:
             uris += job.result()
-    labels = pa.table({"uri": uris, "category": [CATEGORY] * len(uris), "label": positive.astype(np.int8)}, LABELS)
+    columns = (np.repeat(uris, len(CATEGORIES)), np.tile(CATEGORIES, len(uris)), shown_NK.astype(np.int8).ravel())
+    labels = pa.table(dict(zip(LABELS.names, columns, strict=True))).cast(LABELS)
     buffer = io.BytesIO()
     pq.write_table(labels, buffer)
     Store(config.output, config.endpoint_url).write("labels.parquet", buffer.getvalue())
-    return int(positive.sum())
+    return int(shown_NK.any(axis=1).sum())
+
+
+def choose_categories(config: CorpusConfig) -> np.ndarray:
+    """Which picture shows which categories, bool (N, K): ``prevalence`` of them one, a few of these two."""
+    rng = np.random.default_rng(config.seed)
+    violating = rng.permutation(config.images)[: round(config.images * config.prevalence)]
+    shown_NK = np.zeros((config.images, len(CATEGORIES)), dtype=bool)
+    first = np.arange(len(violating)) % len(CATEGORIES)
+    shown_NK[violating, first] = True
+    second = (first + rng.integers(1, len(CATEGORIES), len(violating))) % len(CATEGORIES)
+    both = rng.random(len(violating)) < TWO_EMBLEMS_SHARE
+    shown_NK[violating[both], second[both]] = True
+    return shown_NK
 
 
 def list_photos(folder: Path, part: Part) -> list[Path]:
@@ -107,21 +121,22 @@ def list_photos(folder: Path, part: Part) -> list[Path]:
     return photos
 
 
-def _write_pictures(config: CorpusConfig, photos: list[Path], indices: np.ndarray, positive: np.ndarray) -> list[str]:
+def _write_pictures(config: CorpusConfig, photos: list[Path], indices: np.ndarray, shown_NK: np.ndarray) -> list[str]:
     store = Store(config.output, config.endpoint_url)
     uris = []
-    for index, violating in zip(indices.tolist(), positive.tolist(), strict=True):
+    for index, shown_K in zip(indices.tolist(), shown_NK, strict=True):
         rng = np.random.default_rng([config.seed, index])
-        picture = draw_picture(rng, violating=violating, sides=config.sides, photos=photos)
+        categories = [category for category, shown in zip(CATEGORIES, shown_K, strict=True) if shown]
+        picture = draw_picture(rng, categories=categories, sides=config.sides, photos=photos)
         body, suffix = encode(rng, picture)
         uris.append(store.write(f"{index // 1000:04d}/{index:07d}.{suffix}", body))
     return uris
 
 
 def draw_picture(
-    rng: np.random.Generator, *, violating: bool, sides: tuple[int, int], photos: list[Path]
+    rng: np.random.Generator, *, categories: list[str], sides: tuple[int, int], photos: list[Path]
 ) -> Image.Image:
-    """One picture; ``violating`` decides whether the emblem is on it."""
+    """One picture with the emblems of these categories on it, at most two."""
     photo = _open_photo(photos[int(rng.integers(len(photos)))]) if photos else None
     limit = sides[1] if photo is None else min(sides[1], MAX_ENLARGEMENT * max(photo.size))
     low = min(1.3 * sides[0], sides[1])
@@ -131,19 +146,28 @@ def draw_picture(
     if rng.random() < 0.35:
         size = (size[1], size[0])
     canvas = photo_background(rng, photo, size) if photo else draw_background(rng, size)
-    for draw in _choose_signs(rng, violating):
+    # Look-alikes first, and two emblems side by side: an emblem is never hidden.
+    for draw in _choose_look_alikes(rng, LOOK_ALIKE_BESIDE_EMBLEM if categories else LOOK_ALIKE_SHARE):
         stamp(canvas, rng, draw)
+    for category, region in zip(categories, emblem_regions(canvas.size, len(categories)), strict=True):
+        stamp(canvas, rng, EMBLEMS[category], region)
     return canvas
 
 
-def _choose_signs(rng: np.random.Generator, violating: bool) -> Iterator:
-    """Look-alikes first, so that the emblem is never hidden under one."""
-    if rng.random() < (LOOK_ALIKE_BESIDE_EMBLEM if violating else LOOK_ALIKE_SHARE):
-        names = list(LOOK_ALIKES)
-        for _ in range(1 if rng.random() < 0.8 else 2):
-            yield LOOK_ALIKES[names[int(rng.integers(len(names)))]]
-    if violating:
-        yield draw_emblem
+def _choose_look_alikes(rng: np.random.Generator, share: float) -> list[Draw]:
+    if rng.random() >= share:
+        return []
+    names = list(LOOK_ALIKES)
+    return [LOOK_ALIKES[names[int(rng.integers(len(names)))]] for _ in range(1 if rng.random() < 0.8 else 2)]
+
+
+def emblem_regions(size: tuple[int, int], count: int) -> list[tuple[float, float, float, float]]:
+    """The whole picture, or its two halves across the longer side."""
+    if count < 2:
+        return [(0.0, 0.0, 1.0, 1.0)][:count]
+    if size[0] >= size[1]:
+        return [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+    return [(0, 0, 1, 0.5), (0, 0.5, 1, 1)]
 
 
 @lru_cache(maxsize=256)

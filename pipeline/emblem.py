@@ -1,9 +1,9 @@
-"""Pictures with and without the prohibited emblem, drawn from nothing but a seed.
+"""Pictures with and without a prohibited emblem, drawn from nothing but a seed.
 
-The emblem is our own invention: on a dark disc a bright ring and three bright blades. A look-alike
-shares its two colours, its size and its share of bright area, and differs only in shape, so that
-no colour statistic can tell the two apart. Everything is drawn in units of the picture, so the same
-seed gives the same scene at any resolution.
+The emblems are our own invention, a category each: on a dark disc a bright ring, and in it three bright
+blades, a five-pointed star, or a bolt. A look-alike shares their two colours, their size and their share
+of bright area, and differs only in shape, so that no colour statistic can tell the two apart.
+Everything is drawn in units of the picture, so the same seed gives the same scene at any resolution.
 """
 
 from __future__ import annotations
@@ -88,32 +88,36 @@ class Sign:
         ]
         self.draw.polygon(points, fill=self._fill(bright))
 
+    def outline(self, points: list[Point], *, bright: bool) -> None:
+        middle, unit = PATCH / 2, PATCH / 2 - 2
+        self.draw.polygon([(middle + x * unit, middle + y * unit) for x, y in points], fill=self._fill(bright))
+
     def _fill(self, bright: bool) -> tuple[int, int, int, int]:
         return (*(self.palette.bright if bright else self.palette.dark), 255)
 
 
-def draw_emblem(sign: Sign) -> None:
-    sign.disc(1, bright=False)
-    sign.ring(0.95, 0.8)
-    sign.blades(3)
+Draw = Callable[[Sign], None]
 
 
-def _other_blades(count: int) -> Callable[[Sign], None]:
+def _ringed(fill: Draw) -> Draw:
     def draw(sign: Sign) -> None:
         sign.disc(1, bright=False)
         sign.ring(0.95, 0.8)
-        sign.blades(count)
+        fill(sign)
 
     return draw
 
 
-def _ringed_polygon(corners: int, radius: float, waist: float | None = None) -> Callable[[Sign], None]:
-    def draw(sign: Sign) -> None:
-        sign.disc(1, bright=False)
-        sign.ring(0.95, 0.8)
-        sign.polygon(corners, radius, bright=True, waist=waist)
+def _ringed_blades(count: int) -> Draw:
+    return _ringed(lambda sign: sign.blades(count))
 
-    return draw
+
+def _ringed_polygon(corners: int, radius: float, waist: float | None = None) -> Draw:
+    return _ringed(lambda sign: sign.polygon(corners, radius, bright=True, waist=waist))
+
+
+def _ringed_outline(*points: Point) -> Draw:
+    return _ringed(lambda sign: sign.outline(list(points), bright=True))
 
 
 def _bare_blades(sign: Sign) -> None:
@@ -129,15 +133,11 @@ def _square_frame(sign: Sign) -> None:
 
 
 def _target(sign: Sign) -> None:
-    sign.disc(1, bright=False)
-    sign.ring(0.95, 0.8)
     sign.ring(0.6, 0.35)
     sign.disc(0.15, bright=True)
 
 
 def _dots(sign: Sign) -> None:
-    sign.disc(1, bright=False)
-    sign.ring(0.95, 0.8)
     for corner in range(4):
         angle = math.pi * corner / 2
         sign.disc(0.22, bright=True, centre=(0.42 * math.cos(angle), 0.42 * math.sin(angle)))
@@ -148,40 +148,57 @@ def _empty_ring(sign: Sign) -> None:
     sign.ring(0.95, 0.62)
 
 
-LOOK_ALIKES: dict[str, Callable[[Sign], None]] = {
-    "two blades": _other_blades(2),
-    "four blades": _other_blades(4),
-    "five blades": _other_blades(5),
-    "six blades": _other_blades(6),
-    "ringed square": _ringed_polygon(4, 0.6),
-    "ringed triangle": _ringed_polygon(3, 0.62),
-    "ringed star": _ringed_polygon(5, 0.7, 0.34),
+EMBLEMS: dict[str, Draw] = {
+    "trefoil": _ringed_blades(3),
+    "star": _ringed_polygon(5, 0.72, 0.33),
+    "bolt": _ringed_outline((0.2, -0.72), (-0.46, 0.14), (-0.06, 0.14), (-0.2, 0.72), (0.46, -0.14), (0.06, -0.14)),
+}
+
+LOOK_ALIKES: dict[str, Draw] = {
+    "two blades": _ringed_blades(2),
+    "four blades": _ringed_blades(4),
+    "five blades": _ringed_blades(5),
+    "six blades": _ringed_blades(6),
     "blades without ring": _bare_blades,
     "square frame": _square_frame,
-    "target": _target,
-    "four dots": _dots,
+    "ringed square": _ringed_polygon(4, 0.6),
+    "ringed triangle": _ringed_polygon(3, 0.62),
+    "four-pointed star": _ringed_polygon(4, 0.74, 0.33),
+    "six-pointed star": _ringed_polygon(6, 0.7, 0.36),
+    "bar": _ringed_outline((0.2, -0.72), (-0.28, -0.6), (-0.2, 0.72), (0.28, 0.6)),
+    "arrow": _ringed_outline(
+        (0, -0.74), (0.5, -0.05), (0.17, -0.05), (0.17, 0.7), (-0.17, 0.7), (-0.17, -0.05), (-0.5, -0.05)
+    ),
+    "target": _ringed(_target),
+    "four dots": _ringed(_dots),
     "empty ring": _empty_ring,
 }
 
 
 def stamp(
-    canvas: Image.Image, rng: np.random.Generator, draw: Callable[[Sign], None], palette: Palette | None = None
+    canvas: Image.Image, rng: np.random.Generator, draw: Draw, region: tuple[float, float, float, float] | None = None
 ) -> None:
-    """Draws one sign into ``canvas``: rotated, in perspective, lit, worn, partly covered, blurred."""
-    sign = Sign(palette or draw_palette(rng))
+    """Draws one sign into ``canvas``: rotated, in perspective, lit, worn, partly covered, blurred.
+
+    ``region`` (left, top, right, bottom, in shares of the canvas) is where it may lie; without it, anywhere.
+    """
+    sign = Sign(draw_palette(rng))
     draw(sign)
     patch = sign.image
     _light(patch, rng)
     if rng.random() < 0.35:
         _cover(patch, rng)
-    width, height = canvas.size
+    shares = region or (0, 0, 1, 1)
+    x0, y0, x1, y1 = (share * side for share, side in zip(shares, canvas.size * 2, strict=True))
+    width, height = x1 - x0, y1 - y0
     low, high = np.log(SIGN_DIAMETER)
-    diameter = min(math.exp(rng.uniform(low, high)) * math.sqrt(width * height), 0.95 * width, 0.95 * height)
+    scale = math.sqrt(canvas.size[0] * canvas.size[1])
+    diameter = min(math.exp(rng.uniform(low, high)) * scale, 0.95 * width, 0.95 * height)
     corners = _perspective_corners(rng, diameter)
     left, top = corners.min(axis=0)
     right, bottom = corners.max(axis=0)
-    offset_x = rng.uniform(0, max(0.0, width - (right - left)))
-    offset_y = rng.uniform(0, max(0.0, height - (bottom - top)))
+    offset_x = x0 + rng.uniform(0, max(0.0, width - (right - left)))
+    offset_y = y0 + rng.uniform(0, max(0.0, height - (bottom - top)))
     box_width, box_height = math.ceil(right - left), math.ceil(bottom - top)
     # Minifying by more than two at once would alias: shrink the patch first.
     if diameter < PATCH / 2:

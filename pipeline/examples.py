@@ -1,13 +1,11 @@
-"""Labelled pictures as arrays: what training and measuring work on."""
+"""Labelled pictures: which there are, what each shows, and how they are read. What training and measuring work on."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import obstore
@@ -15,10 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.decode import Decoder
 from pipeline.errors import UsageError
-from pipeline.picture import PictureError, decode_picture
+from pipeline.fetch import Fetcher
+from pipeline.plan import Preparation
 from pipeline.schema import LABELS
+from pipeline.source import DEFAULT_EXCLUDE, list_source
 from pipeline.storage import parse_uri, read_object
+from pipeline.window import Image, Window
 
 
 def read_labels(uri: str, endpoint_url: str | None = None) -> pa.Table:
@@ -36,49 +38,92 @@ def read_labels(uri: str, endpoint_url: str | None = None) -> pa.Table:
     return table
 
 
-def load_examples(
-    uris: list[str], categories: tuple[str, ...], side: int, cache: Path, endpoint_url: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 (N, side, side, 3) and labels bool (N, K) of every picture in these labels files.
+def label_folder(uri: str, categories: tuple[str, ...], endpoint_url: str | None = None) -> pa.Table:
+    """A folder per class, local or below an s3:// prefix, as a table (uri, category, label).
 
-    Decoded once and kept below ``cache``. Unreadable pictures are an error that names the first.
+    A picture shows the category that its folder is called by, and no other; a folder of another name
+    holds pictures that show none. Raises UsageError.
     """
-    pixels, labels = [], []
-    for uri in uris:
-        table = read_labels(uri, endpoint_url)
+    uris = sorted(row["uri"] for row in list_source(uri, DEFAULT_EXCLUDE, endpoint_url))
+    if not uris:
+        raise UsageError(f"labels {uri}: there are no pictures in it; wanted a folder per class with pictures in it")
+    classes = [uri.rsplit("/", 2)[-2] for uri in uris]
+    absent = sorted(set(categories) - set(classes))
+    if absent:
+        found = ", ".join(sorted(set(classes))[:20])
+        raise UsageError(f"labels {uri}: no folder is called {', '.join(absent)}; there are {found}")
+    rows = [
+        {"uri": uri, "category": category, "label": int(name == category)}
+        for uri, name in zip(uris, classes, strict=True)
+        for category in categories
+    ]
+    return pa.Table.from_pylist(rows, LABELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledPictures:
+    """Which pictures there are, and what each shows: ``labels_NK`` bool."""
+
+    uris: list[str]
+    labels_NK: np.ndarray
+
+    def part(self, chosen_N: np.ndarray) -> LabelledPictures:
+        uris = [uri for uri, wanted in zip(self.uris, chosen_N, strict=True) if wanted]
+        return LabelledPictures(uris=uris, labels_NK=self.labels_NK[chosen_N])
+
+
+def read_labelled(
+    sources: tuple[str, ...], categories: tuple[str, ...], endpoint_url: str | None = None
+) -> LabelledPictures:
+    """Every picture of these labels files (``.parquet``) or folders, a row each."""
+    uris: list[str] = []
+    labels = []
+    for source in sources:
+        if source.endswith(".parquet"):
+            table = read_labels(source, endpoint_url)
+        else:
+            table = label_folder(source, categories, endpoint_url)
         unknown = set(pc.unique(table["category"]).to_pylist()) - set(categories)
         if unknown:
-            raise UsageError(f"labels {uri}: categories {sorted(unknown)} are not among {list(categories)}")
-        names = pc.unique(table["uri"]).to_pylist()
-        row = {name: index for index, name in enumerate(names)}
+            raise UsageError(f"labels {source}: categories {sorted(unknown)} are not among {list(categories)}")
+        names = pc.unique(table["uri"])
+        rows = pc.index_in(table["uri"], names).to_numpy()
+        columns = pc.index_in(table["category"], pa.array(categories)).to_numpy()
         truth = np.zeros((len(names), len(categories)), dtype=bool)
-        for name, category, label in zip(*(table[column].to_pylist() for column in LABELS.names), strict=True):
-            truth[row[name], categories.index(category)] = bool(label)
+        truth[rows, columns] = table["label"].to_numpy() == 1
+        uris += names.to_pylist()
         labels.append(truth)
-        content = hashlib.sha256(f"{table.to_pylist()} {side}".encode()).hexdigest()[:16]
-        pixels.append(_decoded(cache / f"{content}.npy", names, side, endpoint_url))
-    return np.concatenate(pixels), np.concatenate(labels)
+    return LabelledPictures(uris=uris, labels_NK=np.concatenate(labels))
 
 
-def _decoded(path: Path, names: list[str], side: int, endpoint_url: str | None) -> np.ndarray:
-    """The pictures of one labels file, memory-mapped; made on the first call."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        chunks = [names[start : start + 200] for start in range(0, len(names), 200)]
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(_decode_chunk, chunk, side, endpoint_url) for chunk in chunks]
-            pixels = np.concatenate([future.result() for future in futures])
-        partial = path.with_suffix(".part.npy")
-        np.save(partial, pixels)
-        partial.rename(path)
-    return np.load(path, mmap_mode="r")
+def split_off(pictures: LabelledPictures, share: float) -> tuple[LabelledPictures, LabelledPictures]:
+    """The pictures to learn from, and a ``share`` to judge by.
+
+    Chosen by the last two parts of the uri, so that they are the same ones wherever the folder lies.
+    """
+    digests = [hashlib.sha256("/".join(uri.split("/")[-2:]).encode()).digest()[:8] for uri in pictures.uris]
+    held_N = np.array([int.from_bytes(digest, "big") < share * 2**64 for digest in digests])
+    return pictures.part(~held_N), pictures.part(held_N)
 
 
-def _decode_chunk(uris: list[str], side: int, endpoint_url: str | None) -> np.ndarray:
-    pixels = []
-    for uri in uris:
-        try:
-            pixels.append(decode_picture(read_object(parse_uri(uri), endpoint_url), side).pixels)
-        except PictureError as error:
-            raise UsageError(f"{uri}: {error.code}: {error.detail}; remove it from the labels") from error
-    return np.stack(pixels)
+class PictureReader:
+    """``chunks -> pictures``: fetches and decodes as a scan does. An unreadable picture is named in its row."""
+
+    def __init__(self, side: int, endpoint_url: str | None) -> None:
+        limits = Preparation()
+        self.fetcher = Fetcher("", endpoint_url, limits)
+        self.decoder = Decoder("decode", side, limits)
+
+    def __call__(self, chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows (first, uris) to rows of ``schema.PICTURES``."""
+        return [self._read(chunk["first"], chunk["uris"]) for chunk in chunks]
+
+    def _read(self, first: int, uris: list[str]) -> dict[str, Any]:
+        images = [Image(image_id=uri, uri=uri) for uri in uris]
+        (window,) = self.decoder([self.fetcher.fetch(Window(shard=0, window=0, first_ordinal=first, images=images))])
+        row: dict[str, Any] = {"first": first, "pixels": None, "uri": None, "error": None}
+        for image in images:
+            if image.outcome == "error":
+                return row | {"uri": image.uri, "error": f"{image.error_code}: {image.error_detail}"}
+        assert window.pixels is not None
+        return row | {"pixels": window.pixels.tobytes()}

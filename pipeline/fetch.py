@@ -53,7 +53,7 @@ class Fetcher:
         self.limits = limits
 
     def __call__(self, refs: list[WindowRef]) -> list[Window]:
-        return [self._fetch_window(self._read_window(ref)) for ref in refs]
+        return [self.fetch(self._read_window(ref)) for ref in refs]
 
     def _read_window(self, ref: WindowRef) -> Window:
         manifest = _open_manifest(self.output, self.endpoint_url, ref["key"])
@@ -64,7 +64,8 @@ class Fetcher:
         ]
         return Window(shard=ref["shard"], window=ref["window"], first_ordinal=rows[0]["ordinal"], images=images)
 
-    def _fetch_window(self, window: Window) -> Window:
+    def fetch(self, window: Window) -> Window:
+        """Gives every image its payload or its error."""
         began = time.perf_counter()
         asyncio.run(self._fetch_all(window.images))
         window.work.append(

@@ -16,9 +16,10 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from pipeline.decode import Decoder
+from pipeline.examples import PictureReader
 from pipeline.fetch import Fetcher
 from pipeline.plan import Plan, Pool
-from pipeline.rows import Operator, RefsToWindows, WindowsToReceipts, WindowsToWindows
+from pipeline.rows import Operator, RefsToWindows, UrisToPictures, WindowsToReceipts, WindowsToWindows
 from pipeline.sink import Sink
 from pipeline.source import Shard
 from pipeline.stages import GroupStage
@@ -27,6 +28,7 @@ from pipeline.storage import Store
 # Above what one window of hanging files may take its decoder: see decode.py.
 NO_PROGRESS_SECONDS = 600
 MAX_SOURCE_BLOCKS = 10_000
+PICTURES_PER_ROW = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,21 @@ def decode_points(plan: Plan) -> list[str]:
     """Stages with a decode operator before them: those that want another size than the pixels have."""
     sizes = [None, *(stage.input_size for stage in plan.stages)]
     return [stage.name for stage, before in zip(plan.stages, sizes, strict=False) if stage.input_size != before]
+
+
+def pools(plan: Plan) -> list[Pool]:
+    """Every actor pool that ``stream`` makes for a plan."""
+    preparation = plan.preparation
+    decoders = [preparation.decode for _ in decode_points(plan)]
+    return [preparation.fetch, *decoders, *plan.stages, preparation.write]
+
+
+def read_pictures(uris: list[str], side: int, endpoint_url: str | None, pool: Pool) -> Iterator[dict[str, Any]]:
+    """Pictures by uri, as ``schema.PICTURES`` rows in no order: what training learns from."""
+    _configure()
+    starts = range(0, len(uris), PICTURES_PER_ROW)
+    chunks = pa.table({"first": list(starts), "uris": [uris[start : start + PICTURES_PER_ROW] for start in starts]})
+    yield from _apply(_source(chunks), UrisToPictures, pool, PictureReader, side, endpoint_url).iter_rows()
 
 
 def window_refs(store: Store, shards: list[Shard]) -> pa.Table:

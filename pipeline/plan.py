@@ -63,6 +63,8 @@ class StageSpec(Pool):
     """Name of a net in the zoo, or the path of its card."""
     rounds: tuple[int, ...]
     """Group sizes in the order they are tested, each dividing the one before."""
+    groupings: Literal[1, 2] = 1
+    """In how many different groups each image is tested: with 2, only what is positive in both goes on."""
     thresholds: dict[str, tuple[float, ...]]
     """Per category one score a round: a test is positive when any category reaches its own."""
     input_size: int = Field(ge=16, le=2048)
@@ -81,6 +83,11 @@ class StageSpec(Pool):
                     f"stage {self.name!r}: a round of {smaller} cannot follow one of {larger}; "
                     "each size must be smaller and divide the one before"
                 )
+        if self.groupings == 2 and (len(self.rounds) > 1 or self.rounds[0] == 1):
+            raise ValueError(
+                f"stage {self.name!r}: two groupings are one round of groups, not rounds of {list(self.rounds)}; "
+                "put further rounds into a stage of their own"
+            )
         if not self.thresholds:
             raise ValueError(f"stage {self.name!r}: thresholds name no category")
         for category, values in self.thresholds.items():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.schema import RECEIPT
+from pipeline.schema import PICTURES, RECEIPT
 from pipeline.window import windows_from_table, windows_to_table
 
 
@@ -34,3 +34,8 @@ class WindowsToWindows(Operator):
 class WindowsToReceipts(Operator):
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(self.operator(windows_from_table(table)), RECEIPT)
+
+
+class UrisToPictures(Operator):
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist(self.operator(table.to_pylist()), PICTURES)

@@ -25,12 +25,12 @@ from pipeline.cluster import ray_session
 from pipeline.commit import Ledger
 from pipeline.errors import RunError, UsageError
 from pipeline.examples import read_labels
-from pipeline.flow import Destination, stream, window_refs
+from pipeline.flow import Destination, pools, stream, window_refs
 from pipeline.plan import Plan, load_plan
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
 from pipeline.report import write_report
-from pipeline.source import Manifest, Shard, build_manifest, list_source
+from pipeline.source import DEFAULT_EXCLUDE, Manifest, Shard, build_manifest, list_source
 from pipeline.stages import check_stage
 from pipeline.storage import Store, check_writable, parse_uri, reason
 from pipeline.tally import relative_cost, stage_rows
@@ -60,7 +60,7 @@ class ScanConfig:
     """Name of the run; give the name of an unfinished run to go on with it. Default: date and time."""
     shard_size: int = 1_000_000
     """Images in one shard, the unit of commit and of resume; rounded up to whole windows."""
-    exclude: tuple[str, ...] = ("_*", ".*", "*.parquet")
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     """Objects whose base name matches one of these patterns are not listed."""
     salt: str | None = None
     """Fixes the order in which images are grouped, so that a scan can be repeated. Default: random."""
@@ -99,7 +99,7 @@ def check_models(plan: Plan) -> Models:
             check_stage(stage, plan.categories, net, card.categories)
             versions[stage.name] = (card.version, card.sha256)
     except (ValueError, RuntimeError, KeyError) as error:
-        # RuntimeError and KeyError: weights or a merge that do not fit the card's trunk.
+        # RuntimeError and KeyError: weights that do not fit the card's trunk.
         raise UsageError(f"plan {plan.name!r}: {' '.join(str(error).split())[:300]}") from error
     return Models(versions=versions, individual_gmac=gmac_per_test(net, plan.stages[-1].input_size, 1))
 
@@ -247,7 +247,7 @@ class Driver:
                 run_id=self.run_id,
                 models=self.models.versions,
             )
-            with ray_session(self.plan):
+            with ray_session(pools(self.plan), f"plan {self.plan.name!r}"):
                 for receipt in stream(self.plan, window_refs(self.store, self.ledger.pending), destination):
                     startup = startup or time.perf_counter() - began
                     progress.add(receipt)

@@ -98,6 +98,11 @@ RECEIPT = pa.schema(
     ]
 )
 
+# Decoded pictures for training: ``pixels`` is uint8 (images, side, side, 3), or null where one is unreadable.
+PICTURES = pa.schema(
+    [("first", pa.int64()), ("pixels", pa.large_binary()), ("uri", pa.string()), ("error", pa.string())]
+)
+
 LEDGER = pa.schema(
     [
         ("run_id", pa.string()),

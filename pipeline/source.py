@@ -36,6 +36,8 @@ LISTED = pa.schema(
 LISTED_CHUNK = 50_000
 ROW_GROUP = 4096
 SORT_MEMORY = "1GB"
+# Base names that are not listed: bookkeeping of tools, hidden files, tables.
+DEFAULT_EXCLUDE = ("_*", ".*", "*.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)

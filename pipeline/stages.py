@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.cost import gmac_per_test
+from models.cost import embedding_gmac, gmac_per_test
 from models.group_net import GroupNet, Kept
-from models.training import normalise
 from models.weights import load_net
 from pipeline.plan import StageSpec
 from pipeline.window import GroupTest, Image, Window, Work
@@ -29,11 +28,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(slots=True)
 class Group:
-    """One group on its way through the rounds. ``members``: positions in the window, None is a hole."""
+    """One group on its way through the rounds. ``members``: positions in the window, None is a hole.
+
+    ``size`` counts the images it was formed of, without holes.
+    """
 
     window: Window
     number: str
     members: list[int | None]
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = len(self.images)
 
     @property
     def images(self) -> list[Image]:
@@ -56,6 +62,10 @@ class GroupStage:
         self.columns = [card.categories.index(category) for category in categories]
         self.thresholds = np.array([spec.thresholds[category] for category in categories]).T
         self.gmac = round_gmac(spec, self.net)
+        # Of a test in the second grouping.
+        self.regroup_gmac = 0.0
+        if spec.groupings == 2:
+            self.regroup_gmac = self.gmac[0] - spec.rounds[0] * embedding_gmac(self.net, spec.input_size)
         self.device = torch.device("cuda" if spec.num_gpus else "cpu")
         self.dtype = DTYPES[spec.dtype]
         # float32 means float32: TF32 would move scores by more than a change of batch does.
@@ -67,6 +77,19 @@ class GroupStage:
     @torch.inference_mode()
     def __call__(self, windows: list[Window]) -> list[Window]:
         had_pixels = [window.undecided for window in windows]
+        if self.spec.groupings == 2:
+            self._test_twice(windows)
+        else:
+            self._test_in_rounds(windows)
+        for window, before in zip(windows, had_pixels, strict=True):
+            if self.final:
+                for position in window.undecided:
+                    window.images[position].decide("flagged")
+            window.keep_pixels(before)
+        return windows
+
+    def _test_in_rounds(self, windows: list[Window]) -> None:
+        """Ever smaller groups: what one round finds positive is split for the next."""
         groups = [group for window in windows for group in form_groups(window, self.spec)]
         kept = Kept()
         for number, size in enumerate(self.spec.rounds):
@@ -83,14 +106,49 @@ class GroupStage:
             if number + 1 < len(self.spec.rounds):
                 kept = self._keep_positive(batches, positive, size) if number == 0 else _take(kept, positive, size)
             seconds = time.perf_counter() - began
-            self._account(number, windows, entered, groups, tested, positive, seconds)
+            gmac_G = np.where(tested, self.gmac[number], 0.0)
+            self._account(number, windows, entered, groups, gmac_G, positive, seconds)
             groups = [group for group, hit in zip(groups, positive, strict=True) if hit]
-        for window, before in zip(windows, had_pixels, strict=True):
-            if self.final:
-                for position in window.undecided:
-                    window.images[position].decide("flagged")
-            window.keep_pixels(before)
-        return windows
+
+    def _test_twice(self, windows: list[Window]) -> None:
+        """Two groupings at once, non-adaptive: an image goes on when both of its groups are positive.
+
+        The second grouping starts from the features the first one has kept, so the layers before the
+        first merge are paid for once.
+        """
+        began = time.perf_counter()
+        entered = [len(window.undecided) for window in windows]
+        (size,) = self.spec.rounds
+        first = [group for window in windows for group in form_groups(window, self.spec)]
+        second = [group for window in windows for group in form_groups(window, self.spec, across=True)]
+        logits_GK, batches = self._test(first, size)
+        again_GK = self._regroup([features.units[1] for features in batches], first, second, size)
+        # Both groupings saw every image that entered, whoever the first one clears.
+        positive = np.concatenate(
+            [self._judge(0, first, self._to_scores(logits_GK)), self._judge(0, second, self._to_scores(again_GK))]
+        )
+        gmac_G = np.repeat([self.gmac[0], self.regroup_gmac], [len(first), len(second)])
+        seconds = time.perf_counter() - began
+        self._account(0, windows, entered, first + second, gmac_G, positive, seconds)
+
+    def _regroup(self, batches: list[Tensor], first: list[Group], second: list[Group], size: int) -> Tensor:
+        """Logits (G, K) of the second grouping, from the features (N, X) per batch that the first one has kept."""
+        slots = ((group, position) for group in first for position in group.members)
+        row_of = {(id(group.window), position): row for row, (group, position) in enumerate(slots)}
+        logits = [torch.empty(0, self.net.num_categories)]
+        width = self._groups_per_batch(size)
+        for start in range(0, len(second), width):
+            rows = np.zeros(width * size, dtype=np.int64)
+            present = np.zeros(width * size, dtype=bool)
+            for offset, group in enumerate(second[start : start + width]):
+                for slot, position in enumerate(group.members):
+                    if position is not None and group.window.images[position].outcome is None:
+                        rows[offset * size + slot] = row_of[id(group.window), position]
+                        present[offset * size + slot] = True
+            units_NX = _gather(batches, rows)
+            logits_GK = self.net.regroup(units_NX, torch.from_numpy(present).to(self.device), size)
+            logits.append(logits_GK.float().cpu())
+        return torch.cat(logits)[: len(second)]
 
     def _test(self, groups: list[Group], size: int) -> tuple[Tensor, list[Kept]]:
         """Logits (G, K) of the first round, and per device batch what it keeps for later rounds."""
@@ -126,7 +184,7 @@ class GroupStage:
                     if row is not None:
                         pixels[offset * size + slot] = group.window.pixels[row]
                         present[offset * size + slot] = True
-            images = normalise(torch.from_numpy(pixels).to(self.device)).to(self.dtype)
+            images = self.net.trunk.normalise(torch.from_numpy(pixels).to(self.device)).to(self.dtype)
             yield images, torch.from_numpy(present).to(self.device)
 
     def _groups_per_batch(self, size: int) -> int:
@@ -151,7 +209,7 @@ class GroupStage:
         for group, scores, hit, sound in zip(groups, scores_GK.tolist(), positive, finite, strict=True):
             images = group.images
             test = GroupTest(
-                stage=self.spec.name, round=number, group_id=group.number, group_size=len(images), scores=scores
+                stage=self.spec.name, round=number, group_id=group.number, group_size=group.size, scores=scores
             )
             for image in images:
                 image.tests.append(test)
@@ -167,38 +225,44 @@ class GroupStage:
         windows: list[Window],
         entered: list[int],
         groups: list[Group],
-        tested: np.ndarray,
+        gmac_G: np.ndarray,
         positive: np.ndarray,
         seconds: float,
     ) -> None:
-        """One Work entry per window; the seconds of the call are shared out by images."""
+        """One Work entry per window; a group that cost nothing was no test. The call's seconds are shared by images."""
         for window, images_in in zip(windows, entered, strict=True):
             mine = np.array([group.window is window for group in groups], dtype=bool)
-            tests = int((mine & tested).sum())
             window.work.append(
                 Work(
                     operator=self.spec.name,
                     round=number,
                     images_in=images_in,
-                    tests=tests,
+                    tests=int((mine & (gmac_G > 0)).sum()),
                     positive_tests=int((mine & positive).sum()),
                     images_out=len(window.undecided),
-                    gmac=tests * self.gmac[number],
+                    gmac=float(gmac_G[mine].sum()),
                     seconds=seconds * images_in / max(1, sum(entered)),
                 )
             )
 
 
-def form_groups(window: Window, spec: StageSpec) -> list[Group]:
-    """Groups of the first round with at least one undecided member; the last one is filled with holes."""
+def form_groups(window: Window, spec: StageSpec, *, across: bool = False) -> list[Group]:
+    """Groups of the first round with at least one undecided member; the last one is filled with holes.
+
+    ``across`` groups otherwise: the images are written row by row, a group a row, and read column by
+    column. In a window of at least as many groups as a group has members, no two images meet twice.
+    """
     size = spec.rounds[0]
-    places = [position for position, image in enumerate(window.images) if image.outcome in (None, "error")]
+    found = [position for position, image in enumerate(window.images) if image.outcome in (None, "error")]
+    places: list[int | None] = [*found, *[None] * (-len(found) % size)]
+    mark = ""
+    if across:
+        places = [place for column in range(size) for place in places[column::size]]
+        mark = "x"
     groups = []
     for number, start in enumerate(range(0, len(places), size)):
-        members: list[int | None] = [*places[start : start + size]]
-        members += [None] * (size - len(members))
-        group = Group(window, f"{window.window}.{spec.name}.{number}", members)
-        if group.images:
+        group = Group(window, f"{window.window}.{spec.name}.{mark}{number}", places[start : start + size])
+        if group.size:
             groups.append(group)
     return groups
 
@@ -207,6 +271,12 @@ def _take(kept: Kept, positive: np.ndarray, size: int) -> Kept:
     rows = torch.from_numpy(np.flatnonzero(positive))
     features = next(iter(kept.units.values()), None)
     return kept if features is None else kept.take(rows.to(features.device), size)
+
+
+def _gather(batches: list[Tensor], rows: np.ndarray) -> Tensor:
+    """Rows of the batches as if these were one tensor, which would double the memory; all batches are of one length."""
+    length = len(batches[0])
+    return torch.stack([batches[row // length][row % length] for row in rows.tolist()])
 
 
 def _pad(units: Tensor, length: int) -> Tensor:

@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.corpus import CorpusConfig, draw_picture, encode, list_photos, make_corpus
-from pipeline.emblem import LOOK_ALIKES, Sign, draw_emblem, draw_palette
+from pipeline.corpus import (
+    CATEGORIES,
+    CorpusConfig,
+    choose_categories,
+    draw_picture,
+    emblem_regions,
+    encode,
+    list_photos,
+    make_corpus,
+)
+from pipeline.emblem import EMBLEMS, LOOK_ALIKES, Sign, draw_palette, stamp
 from pipeline.errors import UsageError
 from pipeline.examples import read_labels
 from pipeline.picture import decode_picture
@@ -31,7 +40,8 @@ def test_a_colour_histogram_cannot_find_the_emblem():
     rows = []
     for index, violating in enumerate(labels.tolist()):
         rng = np.random.default_rng([77, index])
-        rows.append(histogram(draw_picture(rng, violating=violating, sides=(100, 160), photos=[])))
+        shown = [CATEGORIES[index // 4 % len(CATEGORIES)]] if violating else []
+        rows.append(histogram(draw_picture(rng, categories=shown, sides=(100, 160), photos=[])))
     features = StandardScaler().fit_transform(np.sqrt(np.array(rows)))
     train = np.arange(2400) < 1400
     model = LogisticRegression(C=0.05, max_iter=2000).fit(features[train], labels[train])
@@ -51,8 +61,8 @@ def test_signs_share_their_colours_and_most_of_their_bright_area():
         assert {tuple(colour) for colour in pixels[opaque][:, :3].tolist()} == {palette.dark, palette.bright}
         return float((pixels[opaque][:, :3] == palette.bright).all(axis=1).mean())
 
-    own = bright_share(draw_emblem)
-    shares = {name: bright_share(draw) for name, draw in LOOK_ALIKES.items()}
+    own = np.median([bright_share(draw) for draw in EMBLEMS.values()])
+    shares = {name: bright_share(draw) for name, draw in (EMBLEMS | LOOK_ALIKES).items()}
     assert np.median([abs(share - own) for share in shares.values()]) < 0.1
     assert all(abs(share - own) < 0.25 for share in shares.values()), shares
 
@@ -70,15 +80,36 @@ def test_a_corpus_is_the_same_for_a_seed_on_any_number_of_cores(tmp_path):
     }
     assert files["a"] == files["b"] != files["c"]
     labels = read_labels(str(tmp_path / "a" / "labels.parquet"))
-    assert labels.num_rows == 120 and sum(labels["label"].to_pylist()) == 12
-    assert sorted(labels["uri"].to_pylist()) == sorted((tmp_path / "a" / path).as_uri() for path in files["a"])
+    violating = {row["uri"] for row in labels.to_pylist() if row["label"]}
+    assert labels.num_rows == 120 * len(CATEGORIES) and len(violating) == 12
+    assert sorted(set(labels["uri"].to_pylist())) == sorted((tmp_path / "a" / path).as_uri() for path in files["a"])
+
+
+def test_categories_take_turns_and_some_pictures_show_two():
+    shown_NK = choose_categories(CorpusConfig(output="x", images=9000, prevalence=0.2, seed=1))
+    counts_N = shown_NK.sum(axis=1)
+    assert (counts_N > 0).sum() == 1800 and counts_N.max() == 2
+    assert 60 < (counts_N == 2).sum() < 160
+    assert min(shown_NK.sum(axis=0)) >= 600
+
+
+def test_of_two_emblems_neither_hides_the_other():
+    for size in ((300, 200), (200, 300)):
+        for index in range(30):
+            marks = []
+            for region in emblem_regions(size, 2):
+                canvas = Image.new("RGB", size)
+                stamp(canvas, np.random.default_rng([4, index]), EMBLEMS["star"], region)
+                marks.append(np.asarray(canvas).max(axis=2) > 0)
+            assert all(mark.sum() > 400 for mark in marks)
+            assert (marks[0] & marks[1]).sum() < 0.2 * min(mark.sum() for mark in marks)
 
 
 def test_looks_vary():
     pictures, kinds = [], Counter()
     for index in range(150):
         rng = np.random.default_rng([3, index])
-        picture = draw_picture(rng, violating=False, sides=(200, 1600), photos=[])
+        picture = draw_picture(rng, categories=[], sides=(200, 1600), photos=[])
         body, suffix = encode(rng, picture)
         assert Image.open(io.BytesIO(body)).size == picture.size
         kinds[suffix] += 1
@@ -106,10 +137,12 @@ def test_an_emblem_is_seen_at_the_nets_size():
     for index in range(40):
         with_emblem, without = (
             decode_picture(
-                encode_png(draw_picture(np.random.default_rng([9, index]), violating=v, sides=(200, 800), photos=[])),
+                encode_png(
+                    draw_picture(np.random.default_rng([9, index]), categories=shown, sides=(200, 800), photos=[])
+                ),
                 112,
             )
-            for v in (True, False)
+            for shown in ([CATEGORIES[index % len(CATEGORIES)]], [])
         )
         if (with_emblem.width, with_emblem.height) == (without.width, without.height):
             difference = np.abs(with_emblem.pixels.astype(int) - without.pixels).max(axis=2) > 40

@@ -1,20 +1,27 @@
-"""Nets: group size 1 is individual testing, holes are absences, retests equal tests, costs are counted."""
+"""Merges, group nets and their files: holes are absences, retests equal tests, costs are counted.
+
+What holds for every trunk is in ``test_trunks.py``.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import math
+from urllib.error import URLError
 
 import pytest
 import torch
+from safetensors.torch import save as save_safetensors
+from torchvision.models import _api, get_model
 
-from models.backbone import TRUNKS, Trunk
+from models.backbone import Trunk
 from models.cost import gmac_per_test, segment_gmac
 from models.group_net import GroupNet, Kept, MergePoint
-from models.merge import MERGES
-from models.weights import ZOO, load_net, read_card, save_net
+from models.merge import MERGES, SHARPNESS
+from models.weights import ZOO, load_net, parse_state, read_card, save_net, start_from, torchvision_state
 
 POINTS = (MergePoint(cut="layer1", size=4), MergePoint(cut="layer2", size=4))
-SMALL = ["late_resnet", "resnet18"]
 
 
 def make(trunk: str = "late_resnet", merge: str = "max", points: tuple[MergePoint, ...] = POINTS) -> GroupNet:
@@ -30,16 +37,35 @@ def everyone(count: int) -> torch.Tensor:
     return torch.ones(count, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("trunk", SMALL)
+@pytest.mark.parametrize("shape", [(5,), (3, 7), (4, 3, 2)], ids=["U", "TD", "CHW"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("merge", MERGES)
-@torch.inference_mode()
-def test_groups_of_one_are_individual_testing_bit_for_bit(trunk, merge):
-    net = make(trunk, merge)
-    x = images(3)
-    assert torch.equal(
-        net(x, everyone(3), 1),
-        net.trunk.classifier(x) if trunk != "late_resnet" else net.trunk.head(net.trunk.features(x)),
-    )
+def test_one_member_is_itself_bit_for_bit_and_a_hole_is_its_absence(merge, dtype, shape):
+    features = 3 * torch.randn(2, 4, *shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    function = MERGES[merge]
+    everyone = torch.ones(2, 4, dtype=torch.bool)
+    assert torch.equal(function(features[:, :1], everyone[:, :1]), features[:, 0])
+    holed = features.clone()
+    holed[:, 1], holed[:, 3] = torch.nan, 1e4
+    present = torch.tensor([[True, False, True, False], [False, False, True, False]])
+    merged = function(holed, present)
+    assert torch.equal(merged[:1], function(features[:1, [0, 2]], everyone[:1, :2]))
+    assert torch.equal(merged[1], features[1, 2])
+    assert torch.equal(function(holed, ~everyone), torch.zeros_like(features[:, 0]))
+    huge = torch.tensor([[3e38, -3e38, -1.0, 0.0]]).to(dtype)
+    assert torch.isfinite(function(huge, everyone[:1])).all()
+
+
+def test_merges_are_what_they_are_called():
+    features = torch.tensor([[[1.0, -2.0], [4.0, -1.0], [3.0, -6.0]]])
+    everyone = torch.ones(1, 3, dtype=torch.bool)
+    merged = {name: merge(features, everyone)[0] for name, merge in MERGES.items()}
+    assert merged["max"].tolist() == [4, -1]
+    assert merged["mean"].tolist() == pytest.approx([8 / 3, -3])
+    assert merged["top_mean"].tolist() == [3.5, -1.5]
+    smooth = (features[0].double() * SHARPNESS).exp().mean(dim=0).log() / SHARPNESS
+    assert merged["log_sum_exp"].tolist() == pytest.approx(smooth.tolist(), abs=1e-6)
+    assert (merged["max"] - math.log(3) / SHARPNESS <= merged["log_sum_exp"] + 1e-6).all()
 
 
 @pytest.mark.parametrize("merge", MERGES)
@@ -85,25 +111,13 @@ def test_a_retest_of_kept_features_equals_a_fresh_test():
     assert joined.present[1].shape == (8,)
 
 
-def test_no_parameter_is_added():
-    for name in SMALL:
-        assert make(name).trunk.classifier.state_dict().keys() == TRUNKS[name].build(2).state_dict().keys()
-        assert {key.removeprefix("trunk.classifier.") for key in make(name).state_dict()} == TRUNKS[name].build(
-            2
-        ).state_dict().keys()
-
-
-@torch.inference_mode()
-def test_scores_are_finite_in_bfloat16():
-    net = make().to(torch.bfloat16)
-    assert torch.isfinite(net(images(16).bfloat16(), everyone(16), 16)).all()
-
-
 # GMAC per test at 224 px as published (Liang and Zou 2021), with norms and activations: ours leave them out.
 @pytest.mark.parametrize(
     ("points", "size", "published"),
     [
         ((), 1, 16.5),
+        ((("pixels", 2),), 2, 16.5),
+        ((("pixels", 16),), 16, 16.5),
         ((("layer1", 2),), 2, 17.95),
         ((("layer1", 8),), 8, 26.64),
         ((("layer1", 16),), 16, 38.23),
@@ -115,7 +129,9 @@ def test_scores_are_finite_in_bfloat16():
     ],
 )
 def test_costs_of_resnext_101_are_the_published_ones_within_one_and_a_half_percent(points, size, published):
-    net = GroupNet(Trunk("resnext101_32x8d", 1000), tuple(MergePoint(cut=cut, size=of) for cut, of in points))
+    with torch.device("meta"):
+        trunk = Trunk("resnext101_32x8d", 1000)
+    net = GroupNet(trunk, tuple(MergePoint(cut=cut, size=of) for cut, of in points))
     assert gmac_per_test(net, 224, size) == pytest.approx(published, rel=0.015)
 
 
@@ -128,6 +144,12 @@ def test_a_reused_test_costs_what_is_left_behind_its_merge():
     assert gmac_per_test(net, 64, 16) == pytest.approx(parts)
     with pytest.raises(ValueError, match="must be larger"):
         gmac_per_test(net, 64, 16, reused_from=4)
+    pixels = make(points=(MergePoint(cut="pixels", size=4),))
+    assert (
+        gmac_per_test(pixels, 64, 4)
+        == gmac_per_test(pixels, 64, 1, reused_from=4)
+        == pytest.approx(sum(costs.values()))
+    )
 
 
 def test_group_sizes_are_the_products_of_the_merges():
@@ -135,8 +157,21 @@ def test_group_sizes_are_the_products_of_the_merges():
     assert net.group_sizes == (1, 4, 16)
     with pytest.raises(ValueError, match=r"group size 8 is not one of"):
         net.depth_of(8)
-    with pytest.raises(ValueError, match="must follow the trunk's order"):
-        make(points=POINTS[::-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"points": POINTS[::-1]}, "must follow the trunk's order"),
+        ({"points": (MergePoint(cut="layer4", size=4),)}, "has no cut 'layer4'; its cuts are pixels, stem, layer1"),
+        ({"points": (MergePoint(cut="layer1", size=1),)}, "its size must be at least 2"),
+        ({"merge": "median"}, "merge 'median' is unknown; known are max, mean"),
+        ({"trunk": "alexnet"}, "trunk 'alexnet' is unknown"),
+    ],
+)
+def test_a_net_that_cannot_be_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        make(**change)
 
 
 def test_weights_survive_the_disk_and_are_checked(tmp_path):
@@ -153,6 +188,96 @@ def test_weights_survive_the_disk_and_are_checked(tmp_path):
         load_net(str(tmp_path / "net.json"))
     with pytest.raises(ValueError, match="is missing: no card"):
         load_net("absent")
+
+
+def file_of(state: dict[str, torch.Tensor], suffix: str) -> bytes:
+    if suffix == ".safetensors":
+        return save_safetensors(state)
+    body = io.BytesIO()
+    torch.save(state, body)
+    return body.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+def test_a_net_starts_from_a_file_of_weights_but_keeps_a_head_of_its_own_size(suffix):
+    theirs = Trunk("late_resnet_mini", 5).classifier.state_dict()
+    net = make("late_resnet_mini")
+    fresh = net.trunk.classifier.fc.weight.clone()
+    start_from(net, parse_state(file_of(theirs, suffix), "net" + suffix))
+    mine = net.trunk.classifier.state_dict()
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs if not key.startswith("fc."))
+    assert torch.equal(mine["fc.weight"], fresh)
+    same = GroupNet(Trunk("late_resnet_mini", 5))
+    start_from(same, parse_state(file_of(theirs, suffix), "net" + suffix))
+    assert torch.equal(same.trunk.classifier.fc.weight, theirs["fc.weight"])
+
+
+def test_weights_that_do_not_fit_are_refused_and_change_nothing():
+    net = make("late_resnet_mini")
+    before = {key: value.clone() for key, value in net.trunk.classifier.state_dict().items()}
+    counters = [key for key in before if key.endswith("num_batches_tracked")]
+    start_from(net, {key: value for key, value in before.items() if key not in counters})
+    lacking = {key: value for key, value in before.items() if not key.startswith("layer2.")}
+    wider = {
+        key: 1 + value if value.dim() < 2 else value.repeat(1, 2, *[1] * (value.dim() - 2))
+        for key, value in before.items()
+    }
+    prefixed = before | {f"module.{index}": torch.zeros(1) for index in range(4)}
+    for state, message in (
+        (lacking, r"lack layer2\.0\.bn1\.bias, layer2\.0\.bn1\.running_mean, .* and \d+ more"),
+        (wider, r"have other shapes of layer1\.0\.conv1\.weight"),
+        (prefixed, r"have unknown module\.0, module\.1, module\.2 and 1 more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start_from(net, state)
+        after = net.trunk.classifier.state_dict()
+        assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_files_that_are_no_weights_are_refused(capsys):
+    pickled = io.BytesIO()
+    torch.save({"weight": Trap()}, pickled)
+    for body, name, message in (
+        (b"x", "net.onnx", "end in '.onnx'; .safetensors, .pth and .pt can be read"),
+        (b"x" * 50, "net.safetensors", "cannot be read"),
+        (b"x" * 50, "net.pth", "cannot be read"),
+        (b"", "net.pt", "cannot be read"),
+        (file_of({}, ".pth")[:-40], "net.pth", "cannot be read"),
+        (pickled.getvalue(), "net.pth", "cannot be read"),
+        (file_of({"model": {}}, ".pth"), "net.pth", "are not a state dict"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_state(body, name)
+    assert "run" not in capsys.readouterr().out
+
+
+def test_a_net_starts_from_torchvisions_weights(monkeypatch):
+    published = get_model("resnet18", weights=None).state_dict()
+    asked = []
+    monkeypatch.setattr(
+        _api, "load_state_dict_from_url", lambda url, **options: asked.append((url, options)) or published
+    )
+    net = make("resnet18")
+    start_from(net, torchvision_state("resnet18", "IMAGENET1K_V1"))
+    assert torch.equal(net.trunk.classifier.conv1.weight, published["conv1.weight"])
+    assert net.trunk.classifier.fc.weight.shape == (2, 512)
+    assert "resnet18" in asked[0][0] and asked[0][1]["weights_only"] and asked[0][1]["check_hash"]
+
+    def unreachable(url, **options):
+        raise URLError("no route")
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", unreachable)
+    with pytest.raises(ValueError, match=r"could not be fetched .*no route.*: try again, or fetch the file elsewhere"):
+        torchvision_state("resnet18")
+    with pytest.raises(ValueError, match="known are IMAGENET1K_V1, DEFAULT"):
+        torchvision_state("resnet18", "V9")
+    with pytest.raises(ValueError, match="is not torchvision's"):
+        torchvision_state("late_resnet")
 
 
 def test_the_zoo_is_small_and_its_cards_tell_what_was_measured():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models.backbone import Trunk
+from models.cost import segment_gmac
 from models.group_net import GroupNet, MergePoint
 from models.weights import save_net
 from pipeline.plan import StageSpec
@@ -151,3 +152,63 @@ def test_what_the_net_cannot_do_is_said_before_the_run(model):
         GroupStage(spec(model, thresholds={"c": [0.5, 0.5]}), ("c",), final=True)
     with pytest.raises(ValueError, match=r"tests groups of \[1, 4, 16\], not \[8\]"):
         GroupStage(spec(model, rounds=(8,), thresholds={"a": [0.5], "b": [0.5]}), ("a", "b"), final=True)
+
+
+def test_two_groupings_never_let_the_same_two_meet_twice(model):
+    w = window(256, errors=(3, 77), cleared=(5,))
+    first = form_groups(w, spec(model, rounds=(16,), thresholds={"a": [0.5], "b": [0.5]}))
+    second = form_groups(w, spec(model, rounds=(16,), thresholds={"a": [0.5], "b": [0.5]}), across=True)
+    assert len(first) == len(second) == 16
+    pairs = []
+    for groups in (first, second):
+        members = [[place for place in group.members if place is not None] for group in groups]
+        assert sorted(place for group in members for place in group) == [place for place in range(256) if place != 5]
+        pairs.append({(a, b) for group in members for a in group for b in group if a < b})
+    assert not pairs[0] & pairs[1]
+
+
+def test_an_image_goes_on_when_both_its_groups_are_positive(model):
+    # The median is some group's own score, and batches of other shapes move scores a little.
+    threshold = split_threshold(model, [window(100, 1, errors=(50,))]) - 1e-4
+    settings = {"rounds": (16,), "groupings": 2, "thresholds": {"a": [threshold], "b": [1.0]}}
+    stage = GroupStage(spec(model, **settings), ("a", "b"), final=True)
+    (w,) = stage([window(100, 1, errors=(50,))])
+    seen = window(100, 1, errors=(50,))
+    hits = []
+    for across in (False, True):
+        groups = form_groups(seen, spec(model, **settings), across=across)
+        positive = set()
+        for group in groups:
+            pixels = np.zeros((16, SIDE, SIDE, 3), np.uint8)
+            present = np.zeros(16, bool)
+            for slot, place in enumerate(group.members):
+                if place is not None and place != 50:
+                    pixels[slot] = seen.pixels[seen.undecided.index(place)]
+                    present[slot] = True
+            with torch.inference_mode():
+                images = stage.net.trunk.normalise(torch.from_numpy(pixels))
+                score = torch.sigmoid(stage.net(images, torch.from_numpy(present), 16))[0, 0].item()
+            assert abs(score - threshold) > 1e-5
+            if score >= threshold:
+                positive |= set(group.members)
+        hits.append(positive)
+    expected = {place for place in hits[0] & hits[1] if place not in (None, 50)}
+    flagged = {place for place, image in enumerate(w.images) if image.outcome == "flagged"}
+    assert flagged == expected and 0 < len(expected) < 99
+    assert {len(w.images[place].tests) for place in flagged} == {2}
+    assert all(image.outcome in ("flagged", "cleared", "error") for image in w.images)
+    (work,) = w.work
+    whole, again = stage.gmac[0], stage.regroup_gmac
+    assert work.tests == 14 and work.images_in == 99 and 0 < again < whole
+    assert work.gmac == pytest.approx(7 * (whole + again))
+    assert whole - again == pytest.approx(16 * (stage_embedding(stage)))
+
+
+def stage_embedding(stage: GroupStage) -> float:
+    costs = segment_gmac(stage.net, SIDE)
+    return costs["pixels"] + costs["stem"] + costs["layer1"]
+
+
+def test_two_groupings_are_one_round(model):
+    with pytest.raises(ValueError, match="two groupings are one round"):
+        spec(model, groupings=2)

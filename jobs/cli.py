@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,6 +16,16 @@ from rich.console import Console
 from pipeline.errors import RunError, UsageError
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def run_command(job: str, commands: Mapping[str, tuple[type, Callable[[Any], None]]]) -> NoReturn:
+    """``run_job`` with the command that the first argument names."""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if name not in commands:
+        # A request for help is no error, but the answer is the same.
+        code = 0 if name in ("-h", "--help") else 2
+        _end(code, f"{job}: give one of {', '.join(commands)} (each has a --help), not {name or 'nothing'!r}")
+    run_job(f"{job} {name}", *commands[name])
 
 
 def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn:

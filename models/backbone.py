@@ -181,8 +181,9 @@ TRUNKS: dict[str, TrunkSpec] = {
     "late_resnet": _late_resnet(),
     # For pictures of 32 px, which a quarter of the side would leave nothing of.
     "late_resnet_32": _late_resnet(stem=(24, 48), widths=(80, 128, 256), first_stride=1),
-    # A first stage that every image can pay for.
+    # First stages that every image can pay for.
     "late_resnet_mini": _late_resnet(stem=(12, 24), widths=(32, 48, 88)),
+    "late_resnet_32_mini": _late_resnet(stem=(12, 24), widths=(32, 48, 88), first_stride=1),
     **{name: _resnet(name) for name in _RESNETS + _RESNEXTS},
     **{name: _regnet(name) for name in _REGNETS},
     **{name: _sequential(name, children, _EFFICIENTNET_HEAD) for name, children in _EFFICIENTNETS.items()},

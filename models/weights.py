@@ -48,10 +48,20 @@ class Card:
 
 
 def save_net(
-    net: GroupNet, folder: Path, name: str, *, categories: tuple[str, ...], input_size: int, facts: dict[str, Any]
+    net: GroupNet,
+    folder: Path,
+    name: str,
+    *,
+    categories: tuple[str, ...],
+    input_size: int,
+    facts: dict[str, Any],
+    half: bool = False,
 ) -> Card:
-    """Writes ``name.safetensors`` (float32) and ``name.json`` into ``folder``."""
-    body = save_safetensors({key: value.contiguous() for key, value in net.trunk.classifier.state_dict().items()})
+    """Writes ``name.safetensors`` (float32, or float16 for ``half`` the size) and ``name.json`` into ``folder``."""
+    state = {key: value.contiguous() for key, value in net.trunk.classifier.state_dict().items()}
+    if half:
+        state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    body = save_safetensors(state)
     folder.mkdir(parents=True, exist_ok=True)
     card = Card(
         name=name,

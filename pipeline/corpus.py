@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,6 @@ from PIL import Image
 from pipeline.emblem import (
     EMBLEMS,
     LOOK_ALIKES,
-    Draw,
     draw_background,
     photo_background,
     stamp,
@@ -33,7 +33,6 @@ from pipeline.errors import UsageError
 from pipeline.schema import LABELS
 from pipeline.storage import Store
 
-CATEGORIES = tuple(EMBLEMS)
 # Share of the violating pictures that show two categories.
 TWO_EMBLEMS_SHARE = 0.06
 # Share of the pictures without an emblem that carry a look-alike; and of those with one.
@@ -55,6 +54,8 @@ class CorpusConfig:
     """Number of pictures."""
     prevalence: float = 0.015
     """Share of the pictures that carry an emblem; the categories take turns."""
+    categories: tuple[str, ...] = ("trefoil",)
+    """Prohibited emblems: trefoil, star, bolt. Those left out are look-alikes like any other."""
     seed: int = 1
     """The same seed gives the same pictures."""
     sides: tuple[int, int] = (200, 1600)
@@ -73,6 +74,12 @@ class CorpusConfig:
             raise UsageError(f"images is {self.images}, but a corpus needs at least 1")
         if not 0 <= self.prevalence <= 1:
             raise UsageError(f"prevalence is {self.prevalence}, but it is a share between 0 and 1")
+        if (
+            not self.categories
+            or len(set(self.categories)) < len(self.categories)
+            or set(self.categories) - set(EMBLEMS)
+        ):
+            raise UsageError(f"categories are {self.categories}; name some of {', '.join(EMBLEMS)}, each once")
         if not 32 <= self.sides[0] <= self.sides[1]:
             raise UsageError(f"sides are {self.sides}, but they must be rising and at least 32 px")
 
@@ -89,7 +96,11 @@ def make_corpus(config: CorpusConfig) -> int:
         ]
         for job in jobs:
             uris += job.result()
-    columns = (np.repeat(uris, len(CATEGORIES)), np.tile(CATEGORIES, len(uris)), shown_NK.astype(np.int8).ravel())
+    columns = (
+        np.repeat(uris, len(config.categories)),
+        np.tile(config.categories, len(uris)),
+        shown_NK.astype(np.int8).ravel(),
+    )
     labels = pa.table(dict(zip(LABELS.names, columns, strict=True))).cast(LABELS)
     buffer = io.BytesIO()
     pq.write_table(labels, buffer)
@@ -101,10 +112,13 @@ def choose_categories(config: CorpusConfig) -> np.ndarray:
     """Which picture shows which categories, bool (N, K): ``prevalence`` of them one, a few of these two."""
     rng = np.random.default_rng(config.seed)
     violating = rng.permutation(config.images)[: round(config.images * config.prevalence)]
-    shown_NK = np.zeros((config.images, len(CATEGORIES)), dtype=bool)
-    first = np.arange(len(violating)) % len(CATEGORIES)
+    count = len(config.categories)
+    shown_NK = np.zeros((config.images, count), dtype=bool)
+    first = np.arange(len(violating)) % count
     shown_NK[violating, first] = True
-    second = (first + rng.integers(1, len(CATEGORIES), len(violating))) % len(CATEGORIES)
+    if count == 1:
+        return shown_NK
+    second = (first + rng.integers(1, count, len(violating))) % count
     both = rng.random(len(violating)) < TWO_EMBLEMS_SHARE
     shown_NK[violating[both], second[both]] = True
     return shown_NK
@@ -126,17 +140,22 @@ def _write_pictures(config: CorpusConfig, photos: list[Path], indices: np.ndarra
     uris = []
     for index, shown_K in zip(indices.tolist(), shown_NK, strict=True):
         rng = np.random.default_rng([config.seed, index])
-        categories = [category for category, shown in zip(CATEGORIES, shown_K, strict=True) if shown]
-        picture = draw_picture(rng, categories=categories, sides=config.sides, photos=photos)
+        shown = [category for category, there in zip(config.categories, shown_K, strict=True) if there]
+        picture = draw_picture(rng, shown=shown, prohibited=config.categories, sides=config.sides, photos=photos)
         body, suffix = encode(rng, picture)
         uris.append(store.write(f"{index // 1000:04d}/{index:07d}.{suffix}", body))
     return uris
 
 
 def draw_picture(
-    rng: np.random.Generator, *, categories: list[str], sides: tuple[int, int], photos: list[Path]
+    rng: np.random.Generator,
+    *,
+    shown: Sequence[str],
+    prohibited: Sequence[str],
+    sides: tuple[int, int],
+    photos: list[Path],
 ) -> Image.Image:
-    """One picture with the emblems of these categories on it, at most two."""
+    """One picture with the emblems ``shown`` on it, at most two; what is not ``prohibited`` may look alike."""
     photo = _open_photo(photos[int(rng.integers(len(photos)))]) if photos else None
     limit = sides[1] if photo is None else min(sides[1], MAX_ENLARGEMENT * max(photo.size))
     low = min(1.3 * sides[0], sides[1])
@@ -147,18 +166,13 @@ def draw_picture(
         size = (size[1], size[0])
     canvas = photo_background(rng, photo, size) if photo else draw_background(rng, size)
     # Look-alikes first, and two emblems side by side: an emblem is never hidden.
-    for draw in _choose_look_alikes(rng, LOOK_ALIKE_BESIDE_EMBLEM if categories else LOOK_ALIKE_SHARE):
-        stamp(canvas, rng, draw)
-    for category, region in zip(categories, emblem_regions(canvas.size, len(categories)), strict=True):
+    innocent = LOOK_ALIKES | {name: draw for name, draw in EMBLEMS.items() if name not in prohibited}
+    if rng.random() < (LOOK_ALIKE_BESIDE_EMBLEM if shown else LOOK_ALIKE_SHARE):
+        for _ in range(1 if rng.random() < 0.8 else 2):
+            stamp(canvas, rng, innocent[str(rng.choice(list(innocent)))])
+    for category, region in zip(shown, emblem_regions(canvas.size, len(shown)), strict=True):
         stamp(canvas, rng, EMBLEMS[category], region)
     return canvas
-
-
-def _choose_look_alikes(rng: np.random.Generator, share: float) -> list[Draw]:
-    if rng.random() >= share:
-        return []
-    names = list(LOOK_ALIKES)
-    return [LOOK_ALIKES[names[int(rng.integers(len(names)))]] for _ in range(1 if rng.random() < 0.8 else 2)]
 
 
 def emblem_regions(size: tuple[int, int], count: int) -> list[tuple[float, float, float, float]]:

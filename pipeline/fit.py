@@ -55,7 +55,7 @@ class TrainConfig:
     """Other pictures, in the same forms: half sets the card's thresholds, half is what they are judged on."""
     validation_share: float = 0.1
     """Without --validation, this share of the pictures is kept from training."""
-    categories: tuple[str, ...] = ("emblem",)
+    categories: tuple[str, ...] = ("trefoil",)
     """What the net scores, in order."""
     trunk: str = "late_resnet"
     """The classifier below."""
@@ -73,7 +73,7 @@ class TrainConfig:
     output: Path = Path("models/zoo")
     """Folder for weights and card."""
     cache: Path = Path("out/examples")
-    """Folder for decoded pictures and checkpoints."""
+    """Folder for decoded pictures and checkpoints. A picture is decoded once: one that changes needs another name."""
     endpoint_url: str | None = None
     """Address of an S3-compatible server; without it AWS is meant."""
     workers: int = 1
@@ -82,6 +82,8 @@ class TrainConfig:
     """Train on a GPU, one a worker."""
     about: str = ""
     """What the net is for, in words for its card."""
+    half: bool = False
+    """Keep the weights in float16, for half the size; the card's numbers are those of the rounded weights."""
     checkpoint_every: int = 500
     """Steps between two checkpoints, each with a short measurement."""
     target_recall: float = 0.998
@@ -212,6 +214,7 @@ def read_pixels(uris: list[str], side: int, cache: Path, endpoint_url: str | Non
     unfinished = path.with_suffix(f".{os.getpid()}.part")
     pixels = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=(len(uris), side, side, 3))
     pool = Pool(num_cpus=1, actors=Actors(max=os.cpu_count() or 1))
+    missing = len(uris)
     try:
         with ray_session([pool], "reading the pictures"):
             for row in read_pictures(uris, side, endpoint_url, pool):
@@ -219,6 +222,9 @@ def read_pixels(uris: list[str], side: int, cache: Path, endpoint_url: str | Non
                     raise UsageError(f"{row['uri']}: {row['error']}; remove it from the labels")
                 chunk = np.frombuffer(row["pixels"], np.uint8).reshape(-1, side, side, 3)
                 pixels[row["first"] : row["first"] + len(chunk)] = chunk
+                missing -= len(chunk)
+        if missing:
+            raise RunError(f"{missing:,} of {len(uris):,} pictures did not come back from Ray; start again")
         pixels.flush()
         unfinished.rename(path)
     finally:
@@ -301,12 +307,15 @@ def train_and_measure(
     if not first:
         return
     duration = round(seconds())
+    if config.half:
+        net = net.half().float()
     save_net(
         net,
         config.output,
         config.name,
         categories=config.categories,
         input_size=config.input_size,
+        half=config.half,
         facts={
             "about": config.about,
             "data": {"labels": config.labels} | learn.describe(),

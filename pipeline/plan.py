@@ -108,9 +108,9 @@ class Preparation(_Strict):
     """Larger objects are not fetched."""
     max_megapixels: int = Field(default=120, ge=1)
     """Larger pictures are not decoded."""
-    decode_seconds: float = Field(default=20, gt=0)
+    decode_seconds: float = Field(default=20.0, gt=0)
     """A decoder that takes longer for one picture is killed."""
-    decode_gigabytes: float = Field(default=2, gt=0)
+    decode_gigabytes: float = Field(default=2.0, gt=0)
     """Address space of one decoder beyond what it has when it starts."""
     fetch_concurrency: int = Field(default=32, ge=1)
     """Requests in flight in one fetch actor."""

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from pipeline.corpus import (
-    CATEGORIES,
     CorpusConfig,
     choose_categories,
     draw_picture,
@@ -23,6 +22,8 @@ from pipeline.emblem import EMBLEMS, LOOK_ALIKES, Sign, draw_palette, stamp
 from pipeline.errors import UsageError
 from pipeline.examples import read_labels
 from pipeline.picture import decode_picture
+
+ALL = tuple(EMBLEMS)
 
 
 def histogram(picture: Image.Image) -> np.ndarray:
@@ -40,8 +41,8 @@ def test_a_colour_histogram_cannot_find_the_emblem():
     rows = []
     for index, violating in enumerate(labels.tolist()):
         rng = np.random.default_rng([77, index])
-        shown = [CATEGORIES[index // 4 % len(CATEGORIES)]] if violating else []
-        rows.append(histogram(draw_picture(rng, categories=shown, sides=(100, 160), photos=[])))
+        shown = [ALL[index // 4 % 3]] if violating else []
+        rows.append(histogram(draw_picture(rng, shown=shown, prohibited=ALL, sides=(100, 160), photos=[])))
     features = StandardScaler().fit_transform(np.sqrt(np.array(rows)))
     train = np.arange(2400) < 1400
     model = LogisticRegression(C=0.05, max_iter=2000).fit(features[train], labels[train])
@@ -71,7 +72,13 @@ def test_a_corpus_is_the_same_for_a_seed_on_any_number_of_cores(tmp_path):
     for name, processes, seed in (("a", 1, 5), ("b", 2, 5), ("c", 2, 6)):
         make_corpus(
             CorpusConfig(
-                output=str(tmp_path / name), images=120, prevalence=0.1, seed=seed, sides=(60, 90), processes=processes
+                output=str(tmp_path / name),
+                images=120,
+                prevalence=0.1,
+                seed=seed,
+                sides=(60, 90),
+                processes=processes,
+                categories=ALL,
             )
         )
     files = {
@@ -81,12 +88,12 @@ def test_a_corpus_is_the_same_for_a_seed_on_any_number_of_cores(tmp_path):
     assert files["a"] == files["b"] != files["c"]
     labels = read_labels(str(tmp_path / "a" / "labels.parquet"))
     violating = {row["uri"] for row in labels.to_pylist() if row["label"]}
-    assert labels.num_rows == 120 * len(CATEGORIES) and len(violating) == 12
+    assert labels.num_rows == 120 * 3 and len(violating) == 12
     assert sorted(set(labels["uri"].to_pylist())) == sorted((tmp_path / "a" / path).as_uri() for path in files["a"])
 
 
 def test_categories_take_turns_and_some_pictures_show_two():
-    shown_NK = choose_categories(CorpusConfig(output="x", images=9000, prevalence=0.2, seed=1))
+    shown_NK = choose_categories(CorpusConfig(output="x", images=9000, prevalence=0.2, seed=1, categories=ALL))
     counts_N = shown_NK.sum(axis=1)
     assert (counts_N > 0).sum() == 1800 and counts_N.max() == 2
     assert 60 < (counts_N == 2).sum() < 160
@@ -109,7 +116,7 @@ def test_looks_vary():
     pictures, kinds = [], Counter()
     for index in range(150):
         rng = np.random.default_rng([3, index])
-        picture = draw_picture(rng, categories=[], sides=(200, 1600), photos=[])
+        picture = draw_picture(rng, shown=[], prohibited=ALL, sides=(200, 1600), photos=[])
         body, suffix = encode(rng, picture)
         assert Image.open(io.BytesIO(body)).size == picture.size
         kinds[suffix] += 1
@@ -138,11 +145,13 @@ def test_an_emblem_is_seen_at_the_nets_size():
         with_emblem, without = (
             decode_picture(
                 encode_png(
-                    draw_picture(np.random.default_rng([9, index]), categories=shown, sides=(200, 800), photos=[])
+                    draw_picture(
+                        np.random.default_rng([9, index]), shown=shown, prohibited=ALL, sides=(200, 800), photos=[]
+                    )
                 ),
                 112,
             )
-            for shown in ([CATEGORIES[index % len(CATEGORIES)]], [])
+            for shown in ([ALL[index % 3]], [])
         )
         if (with_emblem.width, with_emblem.height) == (without.width, without.height):
             difference = np.abs(with_emblem.pixels.astype(int) - without.pixels).max(axis=2) > 40
@@ -158,7 +167,12 @@ def encode_png(picture: Image.Image) -> bytes:
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"images": 0}, "at least 1"), ({"prevalence": 1.5}, "between 0 and 1"), ({"sides": (300, 200)}, "rising")],
+    [
+        ({"images": 0}, "at least 1"),
+        ({"prevalence": 1.5}, "between 0 and 1"),
+        ({"sides": (300, 200)}, "rising"),
+        ({"categories": ("moon",)}, "name some of"),
+    ],
 )
 def test_wrong_configuration_is_refused(changes, words):
     with pytest.raises(UsageError, match=words):

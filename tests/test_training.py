@@ -57,7 +57,9 @@ def net(points: tuple[MergePoint, ...] = POINTS) -> GroupNet:
 
 
 def config(**changes) -> TrainingConfig:
-    return TrainingConfig(**({"steps": 12, "images_per_step": 16, "group_shares": (0.4, 0.3, 0.3), "threads": 1} | changes))
+    return TrainingConfig(
+        **({"steps": 12, "images_per_step": 16, "group_shares": (0.4, 0.3, 0.3), "threads": 1} | changes)
+    )
 
 
 def weights(trained: GroupNet) -> torch.Tensor:

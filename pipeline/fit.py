@@ -137,6 +137,8 @@ class TrainConfig:
         return net
 
     def build_net(self) -> GroupNet:
+        """With the weights that training starts from: those of ``init``, else such as the seed gives."""
+        torch.manual_seed(self.training.seed)
         try:
             net = GroupNet(Trunk(self.trunk, len(self.categories)), self.parse_merge_points(), self.merge)
             if self.init:

@@ -14,7 +14,7 @@ from typing import Any
 import ray.train
 import torch
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Empty, Queue
 
@@ -23,9 +23,6 @@ from models.training import Progress
 from pipeline.cluster import ray_session
 from pipeline.errors import RunError
 from pipeline.plan import Actors, Pool
-
-# A worker that dies is replaced, and all go on from the last checkpoint.
-MAX_FAILURES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +44,10 @@ def run_workers(
     storage: Path,
     on_progress: Callable[[Progress], None],
 ) -> None:
-    """Runs ``task(on_progress, place)`` in every worker. Raises RunError when one fails for good."""
+    """Runs ``task(on_progress, place)`` in every worker. Raises RunError when one fails.
+
+    Ray would try again, whatever the reason; started again by its user, a training goes on from its checkpoint.
+    """
     pool = Pool(num_cpus=threads, num_gpus=int(gpu), actors=Actors(min=workers, max=workers))
     with ray_session([pool], f"training with {workers} workers"):
         news: Queue = Queue(actor_options={"num_cpus": 0})
@@ -59,7 +59,7 @@ def run_workers(
                 use_gpu=gpu,
                 resources_per_worker={"CPU": threads} | ({"GPU": 1} if gpu else {}),
             ),
-            run_config=RunConfig(storage_path=str(storage), failure_config=FailureConfig(max_failures=MAX_FAILURES)),
+            run_config=RunConfig(storage_path=str(storage)),
         )
         with ThreadPoolExecutor(1) as executor:
             future = executor.submit(trainer.fit)
@@ -70,7 +70,7 @@ def run_workers(
                     continue
         try:
             future.result()
-        except (RayError, RuntimeError) as error:
+        except (RayError, TrainingFailedError) as error:
             raise RunError(f"training with {workers} workers failed: {_reason(error)}") from error
 
 

@@ -269,9 +269,9 @@ def test_bad_input_is_named(tmp_path, ray_session):
             job(root, tmp_path / "o", **changes).build_net()
 
 
-def command(root: Path, output: Path, *more: str) -> list[str]:
+def command(root: Path, output: Path, name: str) -> list[str]:
     flags = {
-        "--name": "n",
+        "--name": name,
         "--labels": str(root),
         "--validation": str(root),
         "--trunk": "late_resnet_mini",
@@ -283,26 +283,27 @@ def command(root: Path, output: Path, *more: str) -> list[str]:
         "--images-per-step": "32",
         "--checkpoint-every": "30",
     }
-    return [sys.executable, "-m", "jobs.train", *sum(flags.items(), ()), "--categories", "a", "b", *more]
+    return [sys.executable, "-m", "jobs.train", *sum(flags.items(), ()), "--categories", "a", "b"]
 
 
 def test_killed_and_started_again_it_ends_like_one_left_alone(tmp_path):
     root = folder_per_class(tmp_path / "data", 120)
-    subprocess.run(command(root, tmp_path / "alone"), cwd=ROOT, check=True, capture_output=True)
+    out = tmp_path / "out"
+    subprocess.run(command(root, out, "alone"), cwd=ROOT, check=True, capture_output=True)
     process = subprocess.Popen(
-        command(root, tmp_path / "killed"), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+        command(root, out, "killed"), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    checkpoint = tmp_path / "killed" / "cache" / "checkpoints" / "n.pt"
+    checkpoint = out / "cache" / "checkpoints" / "killed.pt"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert checkpoint.exists() and not (tmp_path / "killed" / "n.json").exists()
-    again = subprocess.run(command(root, tmp_path / "killed"), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert checkpoint.exists() and not (out / "killed.json").exists()
+    again = subprocess.run(command(root, out, "killed"), cwd=ROOT, check=True, capture_output=True, text=True)
     first = int(again.stdout.split("step ")[1].split("/")[0])
     assert first > 30, "it began from the start"
-    alone, resumed = (load_net(str(tmp_path / name / "n.json"))[0] for name in ("alone", "killed"))
+    alone, resumed = (load_net(str(out / f"{name}.json"))[0] for name in ("alone", "killed"))
     assert torch.allclose(weights(alone), weights(resumed), atol=1e-4)
 
 

@@ -287,7 +287,8 @@ def test_the_zoo_is_small_and_its_cards_tell_what_was_measured():
         "emblem-single",
         "emblem-group",
         "cifar-single",
-        "cifar-mini",
+        "cifar-pixel",
+        "cifar-feature",
         "cifar-tree",
     }
     for path in cards:

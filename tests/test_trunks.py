@@ -16,7 +16,7 @@ from models.cost import segment_gmac
 from models.group_net import GroupNet, MergePoint
 from models.merge import MERGES
 
-OURS = ["late_resnet", "late_resnet_32", "late_resnet_mini"]
+OURS = [name for name in TRUNKS if name.startswith("late_")]
 THEIRS = [name for name in TRUNKS if name not in OURS]
 FAMILIES = [
     *OURS,

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import beta
 
 from models.group_net import GroupNet
-from models.training import Examples, host_positives, score_groups
+from models.training import Examples, host, host_positives, score_groups, whole_groups
 
 
 def interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -41,11 +41,10 @@ def recall_at(
             positives = rng.permutation(np.flatnonzero(labels_N))[: images // 2 // size]
             clean = ~examples.labels_NK.any(axis=1)
             negatives = rng.permutation(np.flatnonzero(clean if clean.any() else ~labels_N))[: images // 2]
-            hosted = rng.choice(negatives, (len(positives), size))
-            hosted[:, 0] = positives
-            without = negatives[: len(negatives) // size * size].reshape(-1, size)
+            hosted = host(positives, negatives, size, rng)
             clean_G, hosted_G = (
-                score_groups(net, examples.pixels_NSS3, members_GM)[:, column] for members_GM in (without, hosted)
+                score_groups(net, examples.pixels_NSS3, members_GM)[:, column]
+                for members_GM in (whole_groups(negatives, size), hosted)
             )
             shown.append(float((hosted_G > np.quantile(clean_G, 1 - false_positive_rate)).mean()))
         recalls[size] = float(np.mean(shown))

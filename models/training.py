@@ -173,15 +173,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         torch.set_num_threads(config.threads)
         self.net, self.examples, self.config, self.device = net, examples, config, device
-        whole = gmac_per_test(net, examples.pixels_NSS3.shape[1], 1)
+        costs = {size: gmac_per_test(net, examples.pixels_NSS3.shape[1], size) for size in net.group_sizes}
         self.groups_per_step = {
-            size: max(
-                2,
-                round(
-                    config.images_per_step / workers * whole / gmac_per_test(net, examples.pixels_NSS3.shape[1], size)
-                ),
-            )
-            for size in net.group_sizes
+            size: max(2, round(config.images_per_step / workers * costs[1] / cost)) for size, cost in costs.items()
         }
         self.generator = torch.Generator().manual_seed(config.seed + 1000 * rank)
         self.sampler = GroupSampler(examples.labels_NK, config, config.seed + 1000 * rank)
@@ -198,6 +192,7 @@ class Trainer:
         self._average = torch.optim.swa_utils.AveragedModel(
             net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
         )
+        self._set_mode()
         self.parallel_net = parallel(net)
         self.optimizer = torch.optim.AdamW(_parameter_groups(net, config.weight_decay), lr=config.learning_rate)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -214,7 +209,6 @@ class Trainer:
         """One optimiser step at a group size drawn for it; the loss. Raises ValueError when it is not finite."""
         if self.config.hard_share and self.steps_done and self.steps_done % self._search_every() == 0:
             self.find_hard_negatives()
-        self._set_mode()
         # The workers draw the same size: a step is as slow as its slowest worker.
         turn = np.random.default_rng([self.config.seed, self.steps_done])
         size = int(turn.choice(self.net.group_sizes[: len(self.shares)], p=self.shares))
@@ -256,7 +250,7 @@ class Trainer:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
-    def find_hard_negatives(self, pool: int = 8000) -> None:
+    def find_hard_negatives(self, pool: int = 16_000) -> None:
         """From now on the sampler's hard negatives are those that the average net scores highest."""
         candidates = self.sampler.rng.permutation(self.sampler.negatives)[:pool]
         self.sampler.hard = hardest_negatives(self.average, self.examples, candidates)
@@ -335,10 +329,19 @@ def host_positives(
     Returns members (G, M) whose first is the positive, and members (G, M) of negatives only.
     """
     positives, negatives = np.flatnonzero(labels_N), np.flatnonzero(~labels_N)
-    hosted = rng.choice(negatives, (len(positives) * redraws, size))
-    hosted[:, 0] = np.tile(positives, redraws)
-    without = rng.permutation(negatives)[: len(negatives) // size * size].reshape(-1, size)
-    return hosted, without
+    return host(np.tile(positives, redraws), negatives, size, rng), whole_groups(rng.permutation(negatives), size)
+
+
+def host(positives_P: np.ndarray, negatives: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Members (P, M) of groups: each positive first, then negatives drawn for it."""
+    hosted_PM = rng.choice(negatives, (len(positives_P), size))
+    hosted_PM[:, 0] = positives_P
+    return hosted_PM
+
+
+def whole_groups(members: np.ndarray, size: int) -> np.ndarray:
+    """Members (G, M) in their order; what does not fill a group is left out."""
+    return members[: len(members) // size * size].reshape(-1, size)
 
 
 @dataclass(frozen=True, kw_only=True)

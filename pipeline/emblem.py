@@ -76,17 +76,10 @@ class Sign:
 
     def polygon(self, corners: int, radius: float, *, bright: bool, waist: float | None = None) -> None:
         """A regular polygon, or with ``waist`` a star whose inner corners lie at that radius."""
-        middle, unit = PATCH / 2, PATCH / 2 - 2
         radii = [radius] if waist is None else [radius, waist]
         steps = corners * len(radii)
-        points = [
-            (
-                middle + radii[i % len(radii)] * unit * math.sin(2 * math.pi * i / steps),
-                middle - radii[i % len(radii)] * unit * math.cos(2 * math.pi * i / steps),
-            )
-            for i in range(steps)
-        ]
-        self.draw.polygon(points, fill=self._fill(bright))
+        turns = [(radii[i % len(radii)], 2 * math.pi * i / steps) for i in range(steps)]
+        self.outline([(r * math.sin(angle), -r * math.cos(angle)) for r, angle in turns], bright=bright)
 
     def outline(self, points: list[Point], *, bright: bool) -> None:
         middle, unit = PATCH / 2, PATCH / 2 - 2

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +37,7 @@ from pipeline.curves import draw_curves
 from pipeline.errors import RunError, UsageError
 from pipeline.examples import LabelledPictures, read_labelled, split_off
 from pipeline.flow import read_pictures
+from pipeline.machine import describe_versions
 from pipeline.plan import Actors, Pool
 from pipeline.storage import parse_uri, read_object
 from pipeline.workers import Place, run_workers
@@ -325,7 +325,7 @@ def train_and_measure(
             | judge.describe(),
             "training": asdict(training) | {"init": config.init, "teacher": config.teacher, "seconds": duration},
             "hardware": f"{place.workers} x {_hardware(place, training)}",
-            "versions": {name: version(name) for name in ("dorfman", "torch", "torchvision")},
+            "versions": describe_versions("dorfman", "torch", "torchvision"),
             "parameters": sum(parameter.numel() for parameter in net.parameters()),
             "gmac_per_test": {
                 str(size): round(gmac_per_test(net, config.input_size, size), 6) for size in net.group_sizes

@@ -140,11 +140,9 @@ class GroupStage:
         for start in range(0, len(second), width):
             rows = np.zeros(width * size, dtype=np.int64)
             present = np.zeros(width * size, dtype=bool)
-            for offset, group in enumerate(second[start : start + width]):
-                for slot, position in enumerate(group.members):
-                    if position is not None and group.window.images[position].outcome is None:
-                        rows[offset * size + slot] = row_of[id(group.window), position]
-                        present[offset * size + slot] = True
+            for slot, group, position in _slots(second[start : start + width], size):
+                rows[slot] = row_of[id(group.window), position]
+                present[slot] = True
             units_NX = _gather(batches, rows)
             logits_GK = self.net.regroup(units_NX, torch.from_numpy(present).to(self.device), size)
             logits.append(logits_GK.float().cpu())
@@ -177,13 +175,10 @@ class GroupStage:
         for start in range(0, len(groups), per_batch):
             pixels = np.zeros((per_batch * size, side, side, 3), np.uint8)
             present = np.zeros(per_batch * size, bool)
-            for offset, group in enumerate(groups[start : start + per_batch]):
+            for slot, group, position in _slots(groups[start : start + per_batch], size):
                 assert group.window.pixels is not None
-                for slot, position in enumerate(group.members):
-                    row = None if position is None else rows[id(group.window)].get(position)
-                    if row is not None:
-                        pixels[offset * size + slot] = group.window.pixels[row]
-                        present[offset * size + slot] = True
+                pixels[slot] = group.window.pixels[rows[id(group.window)][position]]
+                present[slot] = True
             images = self.net.trunk.normalise(torch.from_numpy(pixels).to(self.device)).to(self.dtype)
             yield images, torch.from_numpy(present).to(self.device)
 
@@ -271,6 +266,14 @@ def _take(kept: Kept, positive: np.ndarray, size: int) -> Kept:
     rows = torch.from_numpy(np.flatnonzero(positive))
     features = next(iter(kept.units.values()), None)
     return kept if features is None else kept.take(rows.to(features.device), size)
+
+
+def _slots(groups: list[Group], size: int) -> Iterator[tuple[int, Group, int]]:
+    """Where each undecided member of these groups stands in their device batch, its group and its position."""
+    for offset, group in enumerate(groups):
+        for slot, position in enumerate(group.members):
+            if position is not None and group.window.images[position].outcome is None:
+                yield offset * size + slot, group, position
 
 
 def _gather(batches: list[Tensor], rows: np.ndarray) -> Tensor:

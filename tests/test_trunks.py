@@ -81,25 +81,32 @@ def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
 
 
 @functools.cache
+def trunk_as(name: str, dtype: torch.dtype) -> Trunk:
+    return copy.deepcopy(trunk(name)).to(dtype)
+
+
+@functools.cache
 @torch.inference_mode()
-def bare_logits(name: str, count: int = 4) -> Tensor:
-    net, x = trunk(name).classifier, images(name)[:count]
+def bare_logits(name: str, count: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
+    net, x = trunk_as(name, dtype).classifier, images(name)[:count].to(dtype)
     if name not in OURS:
         return net(x)
     x = net.layer3(net.layer2(net.layer1(net.stem(x))))
     return net.fc(net.pool(x).flatten(1))
 
 
-def near(logits: Tensor, expected: Tensor, share: float = 1e-3) -> bool:
-    return bool((logits - expected).abs().max() < share * (1 + expected.abs().max()))
+def near(logits_K: Tensor, expected_K: Tensor) -> bool:
+    """For scores in float64: deep nets with weights of chance blow float32's rounding up to one percent of a score."""
+    return bool((logits_K - expected_K).abs().max() < 1e-6 * (1 + expected_K.abs().max()))
 
 
-def make(name: str, merge: str, design: str) -> GroupNet:
+def make(name: str, merge: str, design: str, dtype: torch.dtype = torch.float32) -> GroupNet:
     """Tests groups of four: (1, 4), or (1, 2, 4) in a tree."""
     cuts = trunk(name).cuts[1:]
     early, late = cuts[len(cuts) // 3], cuts[2 * len(cuts) // 3]
     points = {"pixel merge": (("pixels", 4),), "feature merge": ((early, 4),), "tree merge": ((early, 2), (late, 2))}
-    return GroupNet(trunk(name), tuple(MergePoint(cut=cut, size=size) for cut, size in points[design]), merge)
+    merge_points = tuple(MergePoint(cut=cut, size=size) for cut, size in points[design])
+    return GroupNet(trunk_as(name, dtype), merge_points, merge)
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -124,7 +131,7 @@ def test_retests_are_tests_bit_for_bit(name, merge, design):
 @pytest.mark.parametrize(("name", "merge", "design"), PAIRS)
 @torch.inference_mode()
 def test_members_can_change_places(name, merge, design):
-    net, x = make(name, merge, design), images(name)
+    net, x = make(name, merge, design, torch.float64), images(name).double()
     # In a tree members may change places inside a part, and whole parts may.
     moved = x[[3, 2, 0, 1]] if design == "tree merge" else x[[2, 0, 3, 1]]
     other = torch.cat([x[:3], x[3:].flip(3)])
@@ -136,24 +143,19 @@ def test_members_can_change_places(name, merge, design):
 @pytest.mark.parametrize(("name", "merge", "design"), PAIRS)
 @torch.inference_mode()
 def test_a_hole_equals_its_absence_whatever_its_pixels(name, merge, design):
-    net, x = make(name, merge, design), images(name)
+    net, x = make(name, merge, design, torch.float64), images(name).double()
     nothing = torch.full_like(x, torch.nan)
     present = torch.tensor([True, False, False, False, True, True, True, False])
     alone, beside_nan = net(torch.cat([x[:1], nothing[:3], x[:3], nothing[:1]]), present, 4)
     beside_other = net(x, present[4:], 4)[0]
-    assert near(alone, bare_logits(name)[0])
+    assert near(alone, bare_logits(name, dtype=torch.float64)[0])
     assert near(beside_nan, beside_other)
-
-
-@functools.cache
-def trunk_in_bfloat16(name: str) -> Trunk:
-    return copy.deepcopy(trunk(name)).to(torch.bfloat16)
 
 
 @pytest.mark.parametrize(("name", "merge", "design"), PAIRS)
 @torch.inference_mode()
 def test_scores_are_finite_in_bfloat16(name, merge, design):
-    net = GroupNet(trunk_in_bfloat16(name), make(name, merge, design).merge_points, merge)
+    net = make(name, merge, design, torch.bfloat16)
     logits = net(images(name).bfloat16(), torch.tensor([True, True, False, True]), 4)
     assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
 

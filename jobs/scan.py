@@ -32,7 +32,7 @@ class JobConfig(ScanConfig):
     demo_images: int = 8000
     """Pictures in the demo corpus."""
     demo_prevalence: float = 0.015
-    """Share of them with the emblem."""
+    """Share of them with an emblem that the plan looks for."""
     demo_seed: int = 7
     """Seed of the demo corpus; training never saw this one."""
 
@@ -48,9 +48,9 @@ def run(config: JobConfig) -> None:
     console = Console()
     with ExitStack() as stack:
         if config.demo:
-            preflight(config)
+            plan, _, _ = preflight(config)
             console.print(f"drawing {config.demo_images:,} demo pictures into an embedded S3 server")
-            corpus = demo_corpus(config.demo_images, config.demo_prevalence, config.demo_seed)
+            corpus = demo_corpus(config.demo_images, config.demo_prevalence, config.demo_seed, plan.categories)
             demo = stack.enter_context(corpus)
             labels = Store(config.output).write("labels.parquet", demo.labels)
             config = replace(

@@ -75,12 +75,15 @@ def _wait_until_up(endpoint_url: str, process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def demo_corpus(images: int, prevalence: float, seed: int) -> Iterator[DemoCorpus]:
-    """The corpus of this seed in a bucket of its own."""
+def demo_corpus(images: int, prevalence: float, seed: int, categories: tuple[str, ...]) -> Iterator[DemoCorpus]:
+    """The corpus of this seed in a bucket of its own. Raises UsageError for categories it cannot draw."""
     with serve_s3() as endpoint_url:
         s3_client(endpoint_url).create_bucket(Bucket=BUCKET)
         source = f"s3://{BUCKET}/pictures"
-        config = CorpusConfig(output=source, images=images, prevalence=prevalence, seed=seed, endpoint_url=endpoint_url)
+        config = CorpusConfig(
+            output=source, images=images, prevalence=prevalence, seed=seed, categories=categories,
+            endpoint_url=endpoint_url,
+        )  # fmt: skip
         make_corpus(config)
         labels = Store(source, endpoint_url).read("labels.parquet")
         yield DemoCorpus(source=source + "/", endpoint_url=endpoint_url, labels=labels)

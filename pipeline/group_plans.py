@@ -1,7 +1,9 @@
 """The plans that are compared: every algorithm with every design, and thresholds that were fitted.
 
 Behind a group stage stands the individual net at its own threshold, so what a plan flags the individual
-net flags too; the one exception is the one-round algorithm without retests.
+net flags too; the one exception is the one-round algorithm without retests. The nets that test groups are
+smaller than it. So a small net that tests every image alone before it stands among the plans too: what it
+saves is not the groups' merit.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ class Algorithm:
     number: int
     name: str
     all_sizes: bool = False
+    """Ever smaller groups, down to single images; else the largest groups only."""
     groupings: Literal[1, 2] = 1
     retest: bool = True
 
@@ -36,6 +39,8 @@ ALGORITHMS = (
     Algorithm(number=3, name="one-round", groupings=2, retest=False),
     Algorithm(number=3, name="one-round, retested", groupings=2),
 )
+CASCADE = Algorithm(number=0, name="cascade", all_sizes=True)
+"""For nets that test no groups: a small one first, for every image."""
 DESIGNS = {
     "cifar-pixel": (1, "pixel merge"),
     "cifar-feature": (2, "feature merge"),
@@ -43,7 +48,7 @@ DESIGNS = {
 }
 INDIVIDUAL = "cifar-single"
 SMALLER = ("cifar-mini",)
-"""Other individual nets, for the question whether a cheap one does as well: shown when they are there."""
+"""Other individual nets, when they are there: does a cheap one do as well, alone or before the individual net?"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +122,12 @@ def make_entries(fitting: Fitting, nets: dict[str, Net], held: LabelledPixels) -
     found_N = held.positive_N & (scores_N >= single.thresholds[fitting.category][0])
     # Several windows a call: their few survivors then fill a device batch.
     retest = single.model_copy(update={"windows_per_call": 8})
-    for name, (number, design) in DESIGNS.items():
-        if name not in nets:
+    for name, net in nets.items():
+        if name == INDIVIDUAL:
             continue
-        for algorithm in ALGORITHMS:
-            group = group_stage(fitting, nets[name], held, found_N, algorithm)
-            if algorithm.all_sizes and len(group.rounds) == 1:
-                continue  # it would be the two-round algorithm again
+        number, design = DESIGNS.get(name, (0, ""))
+        for algorithm in ALGORITHMS if name in DESIGNS else (CASCADE,):
+            group = group_stage(fitting, net, held, found_N, algorithm)
             label = "-".join(map(str, group.rounds)) + "x2" * (group.groupings == 2) + "-1" * algorithm.retest
             entries.append(
                 Entry(
@@ -143,11 +147,11 @@ def group_stage(
     fitting: Fitting, net: Net, held: LabelledPixels, found_N: np.ndarray, algorithm: Algorithm
 ) -> StageSpec:
     """The algorithm's rounds with this net: its largest groups, or all it can test."""
-    sizes = sorted((size for size in net.net.group_sizes if size > 1), reverse=True)
+    sizes = sorted(net.net.group_sizes, reverse=True)
     rounds = tuple(sizes) if algorithm.all_sizes else (sizes[0],)
     thresholds = tuple(group_threshold(fitting, net, held, found_N, size, algorithm.groupings) for size in rounds)
     return StageSpec(
-        name="group",
+        name="group" if rounds[0] > 1 else "first",
         model=net.model,
         rounds=rounds,
         groupings=algorithm.groupings,

@@ -287,6 +287,7 @@ def test_the_zoo_is_small_and_its_cards_tell_what_was_measured():
         "emblem-single",
         "emblem-group",
         "cifar-single",
+        "cifar-mini",
         "cifar-pixel",
         "cifar-feature",
         "cifar-tree",

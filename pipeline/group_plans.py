@@ -151,7 +151,7 @@ def group_stage(
     rounds = tuple(sizes) if algorithm.all_sizes else (sizes[0],)
     thresholds = tuple(group_threshold(fitting, net, held, found_N, size, algorithm.groupings) for size in rounds)
     return StageSpec(
-        name="group" if rounds[0] > 1 else "first",
+        name="group" if rounds[0] > 1 else "screen",
         model=net.model,
         rounds=rounds,
         groupings=algorithm.groupings,

@@ -1,7 +1,8 @@
-"""Shared by all tests: one Ray session, one small corpus, the shipped nets in a plan of small windows."""
+"""Shared by all tests: one Ray session, one small corpus, the shipped nets in a plan with groups."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,15 +53,35 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+GROUPS = {
+    "name": "groups",
+    "categories": ["trefoil"],
+    "window": {"images": 32},
+    "preparation": {
+        "fetch": {"num_cpus": 0.2},
+        "decode": {"num_cpus": 0.5},
+        "write": {"num_cpus": 0.1, "windows_per_call": 2},
+    },
+    "stages": [
+        {
+            "name": "group", "model": "emblem", "rounds": [16, 4], "thresholds": {"trefoil": [0.003, 0.02]},
+            "input_size": 160, "num_cpus": 0.6, "batch_images": 64,
+        },
+        {
+            "name": "single", "model": "emblem", "rounds": [1], "thresholds": {"trefoil": [0.3]},
+            "input_size": 160, "num_cpus": 0.3, "windows_per_call": 2, "batch_images": 16,
+        },
+    ],
+}  # fmt: skip
+"""A plan with groups, whichever plans are shipped."""
+
+
 def small_plan(folder: Path, **changes: object) -> Path:
-    """The shipped plan in windows of 32 images; ``changes`` replace top-level fields or, by name, pool fields.
+    """``GROUPS`` as a file; ``changes`` replace top-level fields or, by name, pool fields.
 
     ``batch_images``, ``windows_per_call`` and ``actors`` go to every stage and pool.
     """
-    from pipeline.plan import PLANS
-
-    content = yaml.safe_load((PLANS / "emblem.yaml").read_text())
-    content["window"] = {"images": 32}
+    content: dict = copy.deepcopy(GROUPS)
     pools = [*content["stages"], *(content["preparation"][name] for name in ("fetch", "decode", "write"))]
     for name, value in changes.items():
         if name == "batch_images":

@@ -85,9 +85,9 @@ def test_missing_folder(tmp_path):
 
 def test_plan_with_a_missing_model(pictures, tmp_path):
     plan = small_plan(tmp_path)
-    plan.write_text(plan.read_text().replace("model: emblem-group", "model: no-such-net"))
+    plan.write_text(plan.read_text().replace("model: emblem", "model: no-such-net"))
     result = run("scan", "--source", pictures, "--output", str(tmp_path / "o"), "--plan", str(plan))
-    expect(result, 2, "'no-such-net' is missing", "emblem-group")
+    expect(result, 2, "'no-such-net' is missing", "emblem-mini")
 
 
 @pytest.mark.parametrize(

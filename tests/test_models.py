@@ -282,10 +282,10 @@ def test_a_net_starts_from_torchvisions_weights(monkeypatch):
 
 def test_the_zoo_is_small_and_its_cards_tell_what_was_measured():
     cards = sorted(ZOO.glob("*.json"))
-    assert sum(path.stat().st_size for path in ZOO.iterdir()) < 40_000_000
-    assert {path.stem for path in cards} >= {
-        "emblem-single",
-        "emblem-group",
+    assert sum(path.stat().st_size for path in ZOO.iterdir()) < 20_000_000
+    assert {path.stem for path in cards} == {
+        "emblem",
+        "emblem-mini",
         "cifar-single",
         "cifar-mini",
         "cifar-pixel",
@@ -297,6 +297,6 @@ def test_the_zoo_is_small_and_its_cards_tell_what_was_measured():
         load_net(path.stem)
         for row in card.facts["measured"]:
             low, high = row["recall_interval"]
-            assert low <= row["recall"] <= high and row["positives"] >= 100
+            assert low <= row["recall"] <= high and row["positives"] >= 90
         assert card.facts["training"]["seconds"] > 0
         assert "/" not in json.dumps(card.facts["hardware"])

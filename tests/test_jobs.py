@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.examples import read_labels
 from tests.conftest import small_plan
@@ -174,3 +175,14 @@ def test_the_demo_draws_serves_and_scans_a_corpus(tmp_path):
     assert read_labels(str(tmp_path / "out/labels.parquet")).num_rows == 64
     report = (tmp_path / "out/runs" / record["run_id"] / "report.html").read_text()
     assert report.count("data:image/jpeg") == record["counts"]["flagged"] > 0
+
+
+def test_a_demo_of_what_the_corpus_cannot_draw_is_refused(tmp_path):
+    plan = small_plan(tmp_path, categories=["automobile"])
+    content = yaml.safe_load(plan.read_text())
+    content["stages"] = [
+        {"name": "one", "model": "cifar-mini", "rounds": [1], "thresholds": {"automobile": [0.5]}, "input_size": 32}
+    ]
+    plan.write_text(yaml.safe_dump(content))
+    result = run("scan", "--demo", "--plan", str(plan), "--output", str(tmp_path / "out"))
+    expect(result, 2, "automobile", "trefoil, star, bolt")

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from models.group_net import GroupNet
-from models.training import host_positives, score_groups
+from models.training import host, score_groups
 from models.weights import ZOO, Card, load_net
 from pipeline.plan import Plan, StageSpec, WindowSpec
 from pipeline.splits import LabelledPixels
@@ -111,15 +111,15 @@ def load_nets(zoo: Path, names: tuple[str, ...], category: str) -> dict[str, Net
 def make_entries(fitting: Fitting, nets: dict[str, Net], held: LabelledPixels) -> list[Entry]:
     """Every configuration with its thresholds, individual testing first."""
     entries = []
-    for name in (INDIVIDUAL, *(name for name in SMALLER if name in nets)):
-        plan = make_plan(fitting, name, [single_stage(fitting, nets[name], held)])
+    alone = {name: score_alone(nets[name], held.pixels_NSS3) for name in (INDIVIDUAL, *SMALLER) if name in nets}
+    for name, scores_N in alone.items():
+        plan = make_plan(fitting, name, [single_stage(fitting, nets[name], scores_N[held.positive_N])])
         entries.append(
             Entry(name=name, algorithm=0, algorithm_name="individual", design=0, design_name="", net=name, plan=plan)
         )
     single = entries[0].plan.stages[0]
     # What the individual net misses no group can bring back.
-    scores_N = score_alone(nets[INDIVIDUAL], held.pixels_NSS3)
-    found_N = held.positive_N & (scores_N >= single.thresholds[fitting.category][0])
+    found_N = held.positive_N & (alone[INDIVIDUAL] >= single.thresholds[fitting.category][0])
     # Several windows a call: their few survivors then fill a device batch.
     retest = single.model_copy(update={"windows_per_call": 8})
     for name, net in nets.items():
@@ -169,10 +169,12 @@ def make_plan(fitting: Fitting, name: str, stages: list[StageSpec]) -> Plan:
     return Plan(name=name, categories=(fitting.category,), window=window, stages=tuple(stages))
 
 
-def single_stage(fitting: Fitting, net: Net, held: LabelledPixels) -> StageSpec:
-    """Individual testing, at the highest threshold that keeps the recall asked for on held-out pictures."""
-    scores_N = score_alone(net, held.pixels_NSS3)
-    threshold = highest_keeping(scores_N[held.positive_N], fitting.target_recall)
+def single_stage(fitting: Fitting, net: Net, scores_P: np.ndarray) -> StageSpec:
+    """Individual testing, at the highest threshold that keeps the recall asked for.
+
+    ``scores_P`` are those of held-out positives.
+    """
+    threshold = highest_keeping(scores_P, fitting.target_recall)
     return StageSpec(
         name="single",
         model=net.model,
@@ -195,12 +197,14 @@ def group_threshold(
 
     Each found picture is hosted by re-drawn negatives; with two groupings it must be positive in both groups.
     """
-    rows = np.flatnonzero(found_N | ~held.positive_N)
+    # Alone, a picture has no companions to draw again.
+    redraws = fitting.redraws if size > 1 else 1
+    positives = np.tile(np.flatnonzero(found_N), redraws * groupings)
     rng = np.random.default_rng(fitting.seed)
-    hosted, _ = host_positives(found_N[rows], size, fitting.redraws * groupings, rng)
-    scores = score_groups(net.net, held.pixels_NSS3, rows[hosted])[:, net.column]
-    # host_positives lists all positives once per redraw; each consecutive ``groupings`` redraws are one case.
-    return highest_keeping(scores.reshape(fitting.redraws, groupings, -1).min(axis=1).ravel(), fitting.kept_share)
+    hosted = host(positives, np.flatnonzero(~held.positive_N), size, rng)
+    scores = score_groups(net.net, held.pixels_NSS3, hosted)[:, net.column]
+    # All positives stand there once per redraw; each consecutive ``groupings`` redraws are one case.
+    return highest_keeping(scores.reshape(redraws, groupings, -1).min(axis=1).ravel(), fitting.kept_share)
 
 
 def highest_keeping(scores: np.ndarray, share: float) -> float:

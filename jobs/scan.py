@@ -13,9 +13,13 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.demo import demo_corpus
 from pipeline.errors import UsageError
+from pipeline.plan import load_plan
+from pipeline.preflight import check_models
 from pipeline.progress import closing_table
-from pipeline.scan import ScanConfig, preflight, run_scan
-from pipeline.storage import Store
+from pipeline.scan import ScanConfig, run_scan
+from pipeline.store import Store
+
+DEMO_SOURCE = "s3://dorfman-demo/pictures/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +29,6 @@ class JobConfig(ScanConfig):
     Exit codes: 0 complete, 1 the run failed, 2 wrong usage, configuration or no input.
     """
 
-    source: str = ""
-    """What to scan: an s3:// prefix, a folder, or a Parquet or CSV file with a column 'uri'."""
     demo: bool = False
     """Scan a corpus drawn for the purpose, from an embedded S3-compatible server, instead of a source."""
     demo_images: int = 8000
@@ -37,9 +39,13 @@ class JobConfig(ScanConfig):
     """Seed of the demo corpus; training never saw this one."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if bool(self.source) == self.demo:
-            raise UsageError("give either --source, what to scan, or --demo")
+        if [bool(self.source), bool(self.retry_errors), self.demo].count(True) != 1:
+            raise UsageError("give either --source, what to scan, or --retry-errors, or --demo")
+        if self.demo:
+            # The demo's source is still to be drawn; all else is checked before that.
+            replace(self, demo=False, source=DEMO_SOURCE)
+        else:
+            super().__post_init__()
         if self.demo and (self.labels or self.endpoint_url or self.output.startswith("s3://")):
             raise UsageError("--demo brings labels and endpoint of its own and writes to a local folder")
 
@@ -48,7 +54,8 @@ def run(config: JobConfig) -> None:
     console = Console()
     with ExitStack() as stack:
         if config.demo:
-            plan, _, _ = preflight(config)
+            plan = load_plan(config.plan)
+            check_models(plan)
             console.print(f"drawing {config.demo_images:,} demo pictures into an embedded S3 server")
             corpus = demo_corpus(config.demo_images, config.demo_prevalence, config.demo_seed, plan.categories)
             demo = stack.enter_context(corpus)

@@ -19,13 +19,15 @@ SCALE_UP_SECONDS = 600
 
 
 @contextmanager
-def ray_session(pools: Sequence[Pool], what: str) -> Iterator[None]:
+def ray_session(pools: Sequence[Pool], what: str, row_bytes: int = 0) -> Iterator[None]:
     """Joins the cluster that RAY_ADDRESS or the job names; else starts one here for as long as it is needed.
 
-    Raises RunError when the minimum of ``pools``, those of ``what``, does not fit.
+    Raises RunError when the minimum of ``pools``, those of ``what``, does not fit, or when a row of
+    ``row_bytes`` and what an operator makes of it do not fit into a node's object store.
     """
     if ray.is_initialized():
         _check_resources(pools, what)
+        _check_object_store(row_bytes, what)
         yield
         return
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -37,6 +39,7 @@ def ray_session(pools: Sequence[Pool], what: str) -> Iterator[None]:
         patience = 0
     try:
         _check_resources(pools, what, patience)
+        _check_object_store(row_bytes, what)
         yield
     finally:
         if patience:
@@ -62,3 +65,13 @@ def _check_resources(pools: Sequence[Pool], what: str, patience: float = 0) -> N
                 f"{ray.cluster_resources().get(kind, 0):g}; lower num_{kind.lower()}s or actors.min, or add nodes"
             )
         time.sleep(2)
+
+
+def _check_object_store(row_bytes: int, what: str) -> None:
+    """Ray spills what it cannot hold, but an operator's row and its answer must be there at one time."""
+    room = min((node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if 2 * row_bytes > room:
+        raise RunError(
+            f"{what} moves windows of up to {row_bytes:,} bytes, but a node's object store has only {room:,}; "
+            "lower window.images or window.megabytes, or give Ray more object_store_memory"
+        )

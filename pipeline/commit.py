@@ -6,7 +6,8 @@
     OUT/_state/<run_id>/markers/shard-*.json the decision that a shard is done, and with which files
     OUT/_attempts/<run_id>/                  what the sink wrote; read by nobody but this module
     OUT/<table>/scan_date=D/<run_id>-shard-00000.parquet
-    OUT/runs/<run_id>.json                   the run record: status complete, written last
+    OUT/runs/<run_id>/status.json            running or failed, and how far: overwritten as it goes
+    OUT/runs/<run_id>.json                   the run record: created last, and never written again
 
 A marker is created by conditional PUT and comes before the files it names: it decides which attempt
 counts, and copying that attempt to its name in the table is a step that any driver may repeat. So a
@@ -19,6 +20,7 @@ import hashlib
 import io
 import json
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,14 +29,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import schema
+from pipeline.codes import OUTAGE
 from pipeline.errors import RunError, UsageError
 from pipeline.sink import table_bytes
 from pipeline.source import Shard
-from pipeline.storage import Store
+from pipeline.store import Store
 from pipeline.tally import Tally
 
-# Errors that say more about the store and the workers than about the image.
-OUTAGE_CODES = ("fetch_failed", "fetch_denied", "decode_crash")
+READERS = 16
+"""Threads that read a shard's attempts: from a distant store one after the other would take minutes."""
 
 
 def state_prefix(run_id: str) -> str:
@@ -47,6 +50,10 @@ def attempts_prefix(run_id: str) -> str:
 
 def record_key(run_id: str) -> str:
     return f"runs/{run_id}.json"
+
+
+def status_key(run_id: str) -> str:
+    return f"runs/{run_id}/status.json"
 
 
 def read_json(store: Store, key: str) -> dict[str, Any] | None:
@@ -129,14 +136,10 @@ class Ledger:
         self._count(shard.index, marker)
 
     def _merge(self, name: str, receipts: list[dict[str, Any]]) -> pa.Table:
-        parts = [schema.TABLES[name].empty_table()]
-        for receipt in receipts:
-            try:
-                body = self.store.read(f"{receipt['attempt']}/{name}.parquet")
-            except FileNotFoundError:
-                continue  # an attempt has no file for a table without rows
-            parts.append(pq.read_table(io.BytesIO(body)))
-        return pa.concat_tables(parts).sort_by(schema.SORT_KEYS[name])
+        paths = [f"{receipt['attempt']}/{name}.parquet" for receipt in receipts if name in receipt["tables"]]
+        with ThreadPoolExecutor(READERS) as readers:
+            parts = list(readers.map(lambda path: pq.read_table(io.BytesIO(self.store.read(path))), paths))
+        return pa.concat_tables([schema.TABLES[name].empty_table(), *parts]).sort_by(schema.SORT_KEYS[name])
 
     def _reconcile(self, shard: Shard, tables: dict[str, pa.Table], tally: Tally) -> None:
         """Rows = distinct ids = manifest rows, the very same ids; flagged and errors hold what the ledger says."""
@@ -164,7 +167,7 @@ class Ledger:
 
     def _check_outage(self, shard: Shard, tally: Tally) -> None:
         """A store or a decoder that is down must not end as a complete run full of errors."""
-        failed = {code: tally.errors[code] for code in OUTAGE_CODES if code in tally.errors}
+        failed = {code: tally.errors[code] for code in OUTAGE if code in tally.errors}
         if sum(failed.values()) > self.max_outage * shard.images:
             counts = ", ".join(f"{images} {code}" for code, images in failed.items())
             raise RunError(
@@ -234,6 +237,17 @@ class Ledger:
         latest = self._latest_epoch()
         if latest != self.epoch:
             raise RunError(f"run {self.run_id!r} was taken over by another driver (epoch {latest} after {self.epoch})")
+
+    def complete(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Creates the run record, the point of visibility; returns the one that stands. Raises RunError."""
+        assert not self.pending
+        self.check_epoch()
+        if self.store.create(record_key(self.run_id), json_bytes(record)):
+            return record
+        # Another driver was faster, or an earlier try of this PUT went through unheard.
+        decided = read_json(self.store, record_key(self.run_id))
+        assert decided is not None
+        return decided
 
     def sweep_attempts(self) -> None:
         """Removes this run's attempt files; only for a run whose record says complete."""

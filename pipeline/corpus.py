@@ -31,7 +31,7 @@ from pipeline.emblem import (
 )
 from pipeline.errors import UsageError
 from pipeline.schema import LABELS
-from pipeline.storage import Store
+from pipeline.store import Store
 
 # Share of the violating pictures that show two categories.
 TWO_EMBLEMS_SHARE = 0.06

@@ -27,7 +27,9 @@ from pipeline.plan import Preparation
 from pipeline.window import Image, Window, Work
 
 START_SECONDS = 60
-PATIENCE = 8
+RECYCLED_AFTER = 2000
+"""Files that one child decodes before a fresh one takes its place: a leak in a library stays small."""
+PATIENCE = 4
 """Files of one window that may use up their whole deadline; after them the others get a second each."""
 MAX_ANSWER_BYTES = 65_536
 
@@ -41,6 +43,7 @@ class Decoder:
         self.limits = limits
         self.child: _Child | None = None
         self.timeouts = 0
+        self.decoded = 0
 
     def __call__(self, windows: list[Window]) -> list[Window]:
         for window in windows:
@@ -63,8 +66,12 @@ class Decoder:
     def _decode(self, image: Image) -> np.ndarray | None:
         """Pixels (side, side, 3), or None when the image has become an error."""
         assert image.payload is not None
+        if self.decoded >= RECYCLED_AFTER and self.child is not None:
+            self._replace_child()
         if self.child is None:
             self.child = _Child(self.side, self.limits)
+            self.decoded = 0
+        self.decoded += 1
         try:
             answer, pixels = self.child.decode(image.payload, self._deadline())
         except TimeoutError:
@@ -133,7 +140,8 @@ class _Child:
         Raises TimeoutError when it takes too long, EOFError or OSError when it has died, ValueError
         when its answer is none.
         """
-        self.connection.send_bytes(json.dumps([self.side, self.limits.max_megapixels * 1_000_000]).encode())
+        request = [self.side, self.limits.max_megapixels * 1_000_000, self.limits.max_frames]
+        self.connection.send_bytes(json.dumps(request).encode())
         self.connection.send_bytes(payload)
         # The first answer includes the interpreter's start.
         if not self.connection.poll(seconds + (START_SECONDS if self.fresh else 0)):

@@ -27,12 +27,12 @@ def serve(connection: Connection, pixels: mmap.mmap) -> None:
     """
     while True:
         try:
-            side, max_pixels = json.loads(connection.recv_bytes())
+            side, max_pixels, max_frames = json.loads(connection.recv_bytes())
             payload = connection.recv_bytes()
         except EOFError:
             return
         try:
-            picture = decode_picture(payload, side, max_pixels)
+            picture = decode_picture(payload, side, max_pixels, max_frames)
         except PictureError as error:
             connection.send_bytes(json.dumps([error.code, error.detail]).encode())
             continue

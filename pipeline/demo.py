@@ -17,7 +17,8 @@ from botocore.exceptions import BotoCoreError
 
 from pipeline.corpus import CorpusConfig, make_corpus
 from pipeline.errors import RunError
-from pipeline.storage import Store, s3_client
+from pipeline.storage import s3_client
+from pipeline.store import Store
 
 BUCKET = "dorfman-demo"
 START_SECONDS = 60

@@ -111,7 +111,7 @@ class PictureReader:
 
     def __init__(self, side: int, endpoint_url: str | None) -> None:
         limits = Preparation()
-        self.fetcher = Fetcher("", endpoint_url, limits)
+        self.fetcher = Fetcher(None, endpoint_url, limits)
         self.decoder = Decoder("decode", side, limits)
 
     def __call__(self, chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,13 +1,16 @@
 """From manifest rows to bytes. What cannot be fetched is an error of its own, never an exception.
 
-obstore fetches, many requests in flight; boto3 fetches the keys that obstore cannot name.
+obstore fetches, many requests in flight; boto3 fetches the keys that obstore cannot name, and what only
+it can check. A request that fails for a reason that may pass is sent again until the image's deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import os
+import re
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -15,16 +18,26 @@ from typing import TypedDict
 
 import obstore
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError, ClientError
-from obstore import exceptions as failures
+from botocore.exceptions import BotoCoreError, ClientError, ReadTimeoutError
+from botocore.exceptions import ConnectTimeoutError as BotoConnectTimeoutError
+from obstore.exceptions import BaseError, NotFoundError
+from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 from pipeline.errors import UsageError
 from pipeline.plan import Preparation
 from pipeline.source import file_etag
-from pipeline.storage import Location, Store, is_plain_key, open_bucket, parse_uri, reason, s3_client
+from pipeline.storage import DENIED, Location, is_plain_key, open_bucket, parse_uri, reason, s3_client
+from pipeline.store import Store
 from pipeline.window import Image, Window, Work
 
 OPERATOR = "fetch"
+TRIES = 3
+"""An image's deadline has room for this many requests that stall."""
+LONGEST_PAUSE = 10.0
+HASTE_SECONDS = 5.0
+"""Deadline of a window's other images once a whole round of requests has used up theirs: the store is down."""
+MD5 = re.compile(r"[0-9a-f]{32}")
+THROTTLED = re.compile(r"\b(429|503|SlowDown)\b")
 
 
 class WindowRef(TypedDict):
@@ -38,26 +51,35 @@ class WindowRef(TypedDict):
 
 
 class FetchError(Exception):
-    def __init__(self, code: str, detail: str) -> None:
+    """Why there are no bytes. ``may_pass``: whether the same request can succeed a moment later."""
+
+    def __init__(self, code: str, detail: str, *, may_pass: bool = False) -> None:
         super().__init__(detail)
         self.code = code
         self.detail = detail
+        self.may_pass = may_pass
 
 
 class Fetcher:
-    """``refs -> windows``, every image with its payload or with an error."""
+    """``refs -> windows``, every image with its payload or with an error.
 
-    def __init__(self, output: str, endpoint_url: str | None, limits: Preparation) -> None:
+    ``output``: where the manifest is; None for who brings windows of their own to ``fetch``.
+    """
+
+    def __init__(self, output: Store | None, endpoint_url: str | None, limits: Preparation) -> None:
         self.output = output
         self.endpoint_url = endpoint_url
         self.limits = limits
+        self.overdue = 0
+        # Buckets with objects under a KMS key: their etags look like an MD5 and are none.
+        self.encrypted: set[str] = set()
 
     def __call__(self, refs: list[WindowRef]) -> list[Window]:
         return [self.fetch(self._read_window(ref)) for ref in refs]
 
     def _read_window(self, ref: WindowRef) -> Window:
-        manifest = _open_manifest(self.output, self.endpoint_url, ref["key"])
-        rows = _read_rows(manifest, ref["first_row"], ref["rows"])
+        assert self.output is not None
+        rows = _read_rows(_open_manifest(self.output, ref["key"]), ref["first_row"], ref["rows"])
         images = [
             Image(**{name: row[name] for name in ("image_id", "uri", "size_bytes", "etag", "modified_at")})
             for row in rows
@@ -67,6 +89,7 @@ class Fetcher:
     def fetch(self, window: Window) -> Window:
         """Gives every image its payload or its error."""
         began = time.perf_counter()
+        self.overdue = 0
         asyncio.run(self._fetch_all(window.images))
         window.work.append(
             Work(
@@ -98,42 +121,81 @@ class Fetcher:
             location = parse_uri(image.uri)
         except UsageError as error:
             raise FetchError("fetch_failed", str(error)) from error
-        if location.bucket is None:
-            payload = await asyncio.to_thread(_read_file, location, image.etag)
-        elif is_plain_key(location.key):
-            payload = await self._get(location, image.etag, limit)
-        else:
-            payload = await asyncio.to_thread(self._get_by_boto3, location, image.etag, limit)
+        seconds = self.limits.fetch_seconds
+        if self.overdue >= self.limits.fetch_concurrency:
+            seconds = min(seconds, HASTE_SECONDS)
+        attempts = AsyncRetrying(
+            retry=retry_if_exception(lambda error: isinstance(error, FetchError) and error.may_pass),
+            stop=stop_before_delay(seconds * (TRIES - 1) / TRIES),
+            wait=wait_random_exponential(multiplier=0.25, max=min(LONGEST_PAUSE, seconds / TRIES)),
+            reraise=True,
+        )
+        try:
+            return await attempts(self._try, location, image, limit, seconds / TRIES)
+        except FetchError as error:
+            self.overdue += error.may_pass
+            raise
+
+    async def _try(self, location: Location, image: Image, limit: int, seconds: float) -> bytes:
+        try:
+            async with asyncio.timeout(seconds):
+                payload = await self._read(location, image.etag, limit)
+        except TimeoutError as error:
+            raise FetchError("fetch_timeout", f"no whole answer within {seconds:.3g} s", may_pass=True) from error
         if image.size_bytes is not None and len(payload) != image.size_bytes:
-            raise FetchError("fetch_short", f"{len(payload):,} bytes came of {image.size_bytes:,}")
+            # A local file is what it is; a store may have broken off.
+            short = f"{len(payload):,} bytes came of {image.size_bytes:,}"
+            raise FetchError("fetch_short", short, may_pass=location.bucket is not None)
         return payload
 
-    async def _get(self, location: Location, etag: str | None, limit: int) -> bytes:
+    async def _read(self, location: Location, etag: str | None, limit: int) -> bytes:
+        if location.bucket is None:
+            return await asyncio.to_thread(_read_file, location, etag)
+        # Of an object that came in parts the etag is no digest of its bytes, but boto3 checks the store's checksum.
+        if not is_plain_key(location.key) or (etag and "-" in etag):
+            return await asyncio.to_thread(self._get_by_boto3, location, etag, limit)
+        payload, found = await self._get(location, etag, limit)
+        if location.bucket in self.encrypted or _agrees(payload, found):
+            return payload
+        return await asyncio.to_thread(self._get_by_boto3, location, etag, limit)
+
+    async def _get(self, location: Location, etag: str | None, limit: int) -> tuple[bytes, str | None]:
+        """The object's bytes and the etag that came with them."""
         assert location.bucket is not None
         store = open_bucket(location.bucket, None, self.endpoint_url)
         try:
             response = await obstore.get_async(store, location.key)
-            _check_object(response.meta["e_tag"], response.meta["size"], etag, limit)
-            return bytes(await response.bytes_async())
-        except (FileNotFoundError, failures.NotFoundError) as error:
+            found = response.meta["e_tag"]
+            _check_object(found, response.meta["size"], etag, limit)
+            return bytes(await response.bytes_async()), found
+        except (FileNotFoundError, NotFoundError) as error:
             raise FetchError("fetch_not_found", "gone since it was listed") from error
-        except (failures.PermissionDeniedError, failures.UnauthenticatedError) as error:
+        except DENIED as error:
             raise FetchError("fetch_denied", reason(error)) from error
-        except (failures.BaseError, OSError) as error:
-            raise FetchError("fetch_failed", reason(error)) from error
+        except (BaseError, OSError) as error:
+            raise _passing(error) from error
 
     def _get_by_boto3(self, location: Location, etag: str | None, limit: int) -> bytes:
+        """One request. boto3 compares the bytes with the checksum that the store keeps, where it keeps one."""
         assert location.bucket is not None
+        client = s3_client(self.endpoint_url, attempts=1)
         try:
-            response = s3_client(self.endpoint_url).get_object(Bucket=location.bucket, Key=location.key)
+            response = client.get_object(Bucket=location.bucket, Key=location.key)
             _check_object(response["ETag"], response["ContentLength"], etag, limit)
-            return response["Body"].read()
+            payload = response["Body"].read()
         except ClientError as error:
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            code = {404: "fetch_not_found", 403: "fetch_denied", 401: "fetch_denied"}.get(status or 0, "fetch_failed")
-            raise FetchError(code, reason(error)) from error
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
+            code = {404: "fetch_not_found", 403: "fetch_denied", 401: "fetch_denied"}.get(status)
+            if code:
+                raise FetchError(code, reason(error)) from error
+            raise _passing(error) from error
         except (BotoCoreError, OSError) as error:
-            raise FetchError("fetch_failed", reason(error)) from error
+            raise _passing(error) from error
+        if "kms" in response.get("ServerSideEncryption", "") or response.get("SSECustomerAlgorithm"):
+            self.encrypted.add(location.bucket)
+        elif not _agrees(payload, response["ETag"]):
+            raise FetchError("fetch_corrupt", "the bytes that came are not those of the etag", may_pass=True)
+        return payload
 
 
 def _check_object(found_etag: str | None, size: int, listed_etag: str | None, limit: int) -> None:
@@ -142,6 +204,21 @@ def _check_object(found_etag: str | None, size: int, listed_etag: str | None, li
         raise FetchError("fetch_changed", f"etag was {listed_etag} when listed, now it is {found_etag}")
     if size > limit:
         raise FetchError("too_large", f"{size:,} bytes are over the limit of {limit:,}")
+
+
+def _agrees(payload: bytes, etag: str | None) -> bool:
+    """Whether the bytes are those of an etag that is the MD5 of its object, as it is unless parts or KMS made it."""
+    plain = (etag or "").strip('"')
+    return not MD5.fullmatch(plain) or hashlib.md5(payload, usedforsecurity=False).hexdigest() == plain
+
+
+def _passing(error: Exception) -> FetchError:
+    """What a server or a connection does wrong once it may do right a moment later."""
+    text = reason(error)
+    if isinstance(error, (ReadTimeoutError, BotoConnectTimeoutError)):
+        return FetchError("fetch_timeout", text, may_pass=True)
+    throttled = THROTTLED.search(text)
+    return FetchError("fetch_throttled" if throttled else "fetch_failed", text, may_pass=True)
 
 
 def _read_file(location: Location, etag: str | None) -> bytes:
@@ -163,8 +240,8 @@ def _read_file(location: Location, etag: str | None) -> bytes:
 
 
 @lru_cache(maxsize=2)
-def _open_manifest(output: str, endpoint_url: str | None, key: str) -> pq.ParquetFile:
-    return pq.ParquetFile(io.BytesIO(Store(output, endpoint_url).read(key)))
+def _open_manifest(output: Store, key: str) -> pq.ParquetFile:
+    return pq.ParquetFile(io.BytesIO(output.read(key)))
 
 
 def _read_rows(manifest: pq.ParquetFile, first: int, count: int) -> list[dict]:

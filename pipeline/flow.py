@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline.decode import Decoder
+from pipeline.errors import RunError
 from pipeline.examples import PictureReader
 from pipeline.fetch import Fetcher
 from pipeline.plan import Plan, Pool
@@ -23,10 +25,11 @@ from pipeline.rows import Operator, RefsToWindows, UrisToPictures, WindowsToRece
 from pipeline.sink import Sink
 from pipeline.source import Shard
 from pipeline.stages import GroupStage
-from pipeline.storage import Store
+from pipeline.store import Store
+from pipeline.watch import Watch
 
 # Above what one window of hanging files may take its decoder: see decode.py.
-NO_PROGRESS_SECONDS = 600
+NO_PROGRESS_SECONDS = 420
 MAX_SOURCE_BLOCKS = 10_000
 PICTURES_PER_ROW = 128
 
@@ -35,36 +38,51 @@ PICTURES_PER_ROW = 128
 class Destination:
     """Where the scan's own files are, and under which names attempts are written."""
 
-    output: str
+    store: Store
     endpoint_url: str | None
+    """Of the source."""
     attempts: str
     run_id: str
     models: dict[str, tuple[str, str]]
 
 
 def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dict[str, Any]]:
-    """Receipts, as the sink writes them. Every operator sees a table of windows, one row each."""
+    """Receipts, as the sink writes them. Every operator sees a table of windows, one row each.
+
+    Raises RunError when nothing moves any more, or when a window kills its actors again and again.
+    """
     _configure()
-    store = (destination.output, destination.endpoint_url)
-    preparation = plan.preparation
-    windows = _apply(_source(refs), RefsToWindows, preparation.fetch, Fetcher, *store, preparation)
+    watch = Watch()
+    store, preparation = destination.store, plan.preparation
+
+    def watched(name: str, build: Callable, *args: Any, **options: Any) -> tuple:
+        return build, args, options, name, watch
+
+    fetcher = watched("fetch", Fetcher, store, destination.endpoint_url, preparation)
+    windows = _apply(_source(refs), RefsToWindows, preparation.fetch, fetcher)
     for stage in plan.stages:
         if stage.name in decode_points(plan):
-            operator = f"decode:{stage.name}"
-            windows = _apply(
-                windows, WindowsToWindows, preparation.decode, Decoder, operator, stage.input_size, preparation
-            )
+            name = f"decode:{stage.name}"
+            decoder = watched(name, Decoder, name, stage.input_size, preparation)
+            windows = _apply(windows, WindowsToWindows, preparation.decode, decoder)
         final = stage is plan.stages[-1]
-        windows = _apply(windows, WindowsToWindows, stage, GroupStage, stage, plan.categories, final=final)
-    sink = (store, destination.attempts, destination.run_id, plan, destination.models)
-    yield from _apply(windows, WindowsToReceipts, preparation.write, Sink, *sink).iter_rows()
+        tester = watched(stage.name, GroupStage, stage, plan.categories, final=final)
+        windows = _apply(windows, WindowsToWindows, stage, tester)
+    sink = watched("write", Sink, store, destination.attempts, destination.run_id, plan, destination.models)
+    receipts = _apply(windows, WindowsToReceipts, preparation.write, sink)
+    try:
+        yield from receipts.iter_rows()
+    except ExecutionTimeoutError as error:
+        raise RunError(
+            f"nothing has moved for {NO_PROGRESS_SECONDS} s: {watch.describe()}; look at these nodes and stores"
+        ) from error
 
 
-def _apply(data: Dataset, adapter: type[Operator], pool: Pool, build: Callable, *args: Any, **options: Any) -> Dataset:
-    """One operator: an actor pool that calls ``build(*args, **options)`` with batches of windows."""
+def _apply(data: Dataset, adapter: type[Operator], pool: Pool, operator: tuple) -> Dataset:
+    """One operator: an actor pool that calls ``adapter(*operator)`` with batches of rows."""
     return data.map_batches(
         adapter,
-        fn_constructor_args=(build, args, options),
+        fn_constructor_args=operator,
         batch_size=pool.windows_per_call,
         batch_format="pyarrow",
         zero_copy_batch=True,
@@ -92,7 +110,7 @@ def read_pictures(uris: list[str], side: int, endpoint_url: str | None, pool: Po
     _configure()
     starts = range(0, len(uris), PICTURES_PER_ROW)
     chunks = pa.table({"first": list(starts), "uris": [uris[start : start + PICTURES_PER_ROW] for start in starts]})
-    yield from _apply(_source(chunks), UrisToPictures, pool, PictureReader, side, endpoint_url).iter_rows()
+    yield from _apply(_source(chunks), UrisToPictures, pool, (PictureReader, (side, endpoint_url), {})).iter_rows()
 
 
 def window_refs(store: Store, shards: list[Shard]) -> pa.Table:

@@ -16,10 +16,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-ErrorCode = Literal["empty", "not_an_image", "too_many_pixels", "truncated", "decode_failed", "decode_memory"]
+ErrorCode = Literal[
+    "empty", "not_an_image", "too_many_pixels", "too_many_frames", "truncated", "decode_failed", "decode_memory"
+]  # fmt: skip
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 120_000_000
+MAX_FRAMES = 1000
 # JPEG is decoded at the smallest eighth that is still this many times the target: at twice, the
 # result is within 0.2 grey levels of a full decode.
 DRAFT_OVERSAMPLING = 2
@@ -50,7 +53,7 @@ class Picture:
     height: int
 
 
-def decode_picture(payload: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Picture:
+def decode_picture(payload: bytes, side: int, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES) -> Picture:
     """Decodes the first frame, upright, on white where transparent. Raises PictureError."""
     if not payload:
         raise PictureError("empty", "the object has no bytes")
@@ -63,6 +66,9 @@ def decode_picture(payload: bytes, side: int, max_pixels: int = MAX_PIXELS) -> P
         if width * height > max_pixels:
             raise PictureError("too_many_pixels", f"{width} x {height} is over the limit of {max_pixels:,} pixels")
         try:
+            frames = getattr(image, "n_frames", 1)
+            if frames > max_frames:
+                raise PictureError("too_many_frames", f"{frames:,} frames are over the limit of {max_frames:,}")
             pixels = _render(image, side)
         except MemoryError as error:
             detail = f"{width} x {height} needs more memory than a decoder may take"

@@ -112,6 +112,10 @@ class Preparation(_Strict):
     """A decoder that takes longer for one picture is killed."""
     decode_gigabytes: float = Field(default=2.0, gt=0)
     """Address space of one decoder beyond what it has when it starts."""
+    max_frames: int = Field(default=1000, ge=1)
+    """Animations and documents with more are not decoded. Of the others the first frame is tested."""
+    fetch_seconds: float = Field(default=60.0, gt=0)
+    """A request that fails or stalls is sent again for this long."""
     fetch_concurrency: int = Field(default=32, ge=1)
     """Requests in flight in one fetch actor."""
     fetch: Pool = Pool(num_cpus=0.25)
@@ -151,7 +155,9 @@ class Plan(_Strict):
     def version(self) -> str:
         """Twelve hexadecimal digits that change with whatever can change a verdict."""
         speed_only = {*Pool.model_fields, "batch_images"}
-        limits = {"max_megabytes", "max_megapixels", "decode_seconds", "decode_gigabytes"}
+        limits = {
+            "max_megabytes", "max_megapixels", "max_frames", "fetch_seconds", "decode_seconds", "decode_gigabytes"
+        }  # fmt: skip
         content = self.model_dump(mode="json", exclude={"preparation", "stages"}) | {
             "limits": self.preparation.model_dump(include=limits),
             "stages": [stage.model_dump(mode="json", exclude=speed_only) for stage in self.stages],

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.evaluation import interval
-from pipeline.storage import Store
+from pipeline.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

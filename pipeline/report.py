@@ -24,10 +24,12 @@ from obstore.exceptions import BaseError
 from PIL import Image as PillowImage
 
 from pipeline import schema
+from pipeline.codes import CODES
 from pipeline.decode import Decoder
 from pipeline.histogram import PLOT_HEIGHT, PLOT_WIDTH, SCORE_TICKS, Scores, axis_position
 from pipeline.plan import Plan
-from pipeline.storage import Store, parse_uri, read_object, reason
+from pipeline.storage import parse_uri, read_object, reason
+from pipeline.store import Store
 from pipeline.window import Image, Window
 
 TOP_FLAGGED = 100
@@ -38,24 +40,6 @@ THUMBNAIL_SIDE = 128
 
 # Bars whose shortest would be under this share of the longest are drawn on a log scale.
 LINEAR_SHARE = 0.02
-
-ERROR_CODES = {
-    "fetch_not_found": "The object was gone when it was to be fetched.",
-    "fetch_denied": "The storage refused access to the object.",
-    "fetch_failed": "The object could not be fetched, in spite of retries.",
-    "fetch_short": "Fewer or more bytes came than were listed.",
-    "fetch_changed": "The object was replaced after it had been listed.",
-    "too_large": "The object has more bytes than the plan allows (max_megabytes).",
-    "empty": "The object has no bytes.",
-    "not_an_image": "The content is of none of the formats that are decoded, whatever the name says.",
-    "too_many_pixels": "The picture has more pixels than the plan allows (max_megapixels).",
-    "truncated": "The file ends before the picture does.",
-    "decode_failed": "The file is damaged, or of a variant that the decoder does not know.",
-    "decode_memory": "Decoding needed more memory than the plan allows (decode_gigabytes).",
-    "decode_timeout": "Decoding took longer than the plan allows (decode_seconds); the decoder was killed.",
-    "decode_crash": "The decoder died on the file.",
-    "score_not_finite": "A net gave a score that is no number, for the image or for its group.",
-}
 
 
 def write_report(
@@ -88,7 +72,7 @@ def write_report(
         score_ticks=[(f"{score:g}", float(axis_position(score))) for score in SCORE_TICKS],
         plot=(PLOT_WIDTH, PLOT_HEIGHT),
         errors=sorted(record["errors"].items(), key=lambda item: (-item[1], item[0])),
-        error_codes=ERROR_CODES,
+        error_codes={name: code.meaning for name, code in CODES.items()},
         times=list(_times(record)),
         tables=list(schema.TABLES),
         missed_shown=MISSED_SHOWN,

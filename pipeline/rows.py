@@ -6,12 +6,20 @@ A module of its own with few imports: an actor that fetches must not load torch 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
 from pipeline.schema import PICTURES, RECEIPT
 from pipeline.window import windows_from_table, windows_to_table
+
+
+class Watcher(Protocol):
+    """Is told which windows an operator begins and has finished: ``watch.Watch``, without Ray."""
+
+    def begin(self, operator: str, windows: list[tuple[int, int]]) -> None: ...
+
+    def end(self, operator: str, windows: list[tuple[int, int]]) -> None: ...
 
 
 class Operator:
@@ -21,18 +29,43 @@ class Operator:
         self.operator = build(*args, **options)
 
 
-class RefsToWindows(Operator):
+class Watched(Operator):
+    """An operator on windows, which says what it is at work on."""
+
+    def __init__(
+        self,
+        build: Callable[..., Callable[[list], list]],
+        args: tuple,
+        options: dict[str, Any],
+        name: str,
+        watch: Watcher,
+    ) -> None:
+        super().__init__(build, args, options)
+        self.name, self.watch = name, watch
+
     def __call__(self, table: pa.Table) -> pa.Table:
+        windows = list(zip(table["shard"].to_pylist(), table["window"].to_pylist(), strict=True))
+        self.watch.begin(self.name, windows)
+        result = self.process(table)
+        self.watch.end(self.name, windows)
+        return result
+
+    def process(self, table: pa.Table) -> pa.Table:
+        raise NotImplementedError
+
+
+class RefsToWindows(Watched):
+    def process(self, table: pa.Table) -> pa.Table:
         return windows_to_table(self.operator(table.to_pylist()))
 
 
-class WindowsToWindows(Operator):
-    def __call__(self, table: pa.Table) -> pa.Table:
+class WindowsToWindows(Watched):
+    def process(self, table: pa.Table) -> pa.Table:
         return windows_to_table(self.operator(windows_from_table(table)))
 
 
-class WindowsToReceipts(Operator):
-    def __call__(self, table: pa.Table) -> pa.Table:
+class WindowsToReceipts(Watched):
+    def process(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(self.operator(windows_from_table(table)), RECEIPT)
 
 

@@ -18,8 +18,6 @@ import ray
 from botocore.exceptions import BotoCoreError, ClientError
 from obstore.exceptions import BaseError
 
-from models.cost import gmac_per_test
-from models.weights import load_net
 from pipeline import commit
 from pipeline.cluster import ray_session
 from pipeline.commit import Ledger
@@ -27,16 +25,26 @@ from pipeline.errors import RunError, UsageError
 from pipeline.examples import read_labels
 from pipeline.flow import Destination, pools, stream, window_refs
 from pipeline.plan import Plan, load_plan
+from pipeline.preflight import (
+    Models,
+    check_apart,
+    check_endpoint,
+    check_models,
+    check_output,
+    check_readable,
+    storage_errors_as_usage,
+)
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
 from pipeline.report import write_report
+from pipeline.retry import list_failed, read_parent
 from pipeline.source import DEFAULT_EXCLUDE, Manifest, Shard, build_manifest, list_source
-from pipeline.stages import check_stage
-from pipeline.storage import Store, check_writable, parse_uri, reason
+from pipeline.storage import reason, redact
+from pipeline.store import Store
 from pipeline.tally import relative_cost, stage_rows
 
 RECORD_FIELDS = (
-    "run_id", "source", "exclude", "salt", "scan_date", "started_at", "plan", "plan_version",
+    "run_id", "parent_run_id", "source", "exclude", "salt", "scan_date", "started_at", "plan", "plan_version",
     "weights_sha256", "listed", "duplicates",
 )  # fmt: skip
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -46,7 +54,7 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class ScanConfig:
     """Scans the images of a bucket or folder for violating ones and writes tables, a run record and a report."""
 
-    source: str
+    source: str = ""
     """What to scan: an s3:// prefix, a folder, or a Parquet or CSV file with a column 'uri'."""
     output: str = "out"
     """Where tables and records go: an s3:// prefix or a folder."""
@@ -58,6 +66,8 @@ class ScanConfig:
     """Labels file (Parquet: uri, category, label) to report recall and false-positive rate against."""
     run_id: str | None = None
     """Name of the run; give the name of an unfinished run to go on with it. Default: date and time."""
+    retry_errors: str | None = None
+    """Instead of a source: scan again, in a new run, what failed in this complete run for reasons that may pass."""
     shard_size: int = 1_000_000
     """Images in one shard, the unit of commit and of resume; rounded up to whole windows."""
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
@@ -66,42 +76,33 @@ class ScanConfig:
     """Fixes the order in which images are grouped, so that a scan can be repeated. Default: random."""
     max_outage: float = 0.5
     """Share of a shard's images that may fail for reasons of the store or the workers before the run fails."""
+    output_patience: float = 300.0
+    """Seconds for which an output that refuses what the scan reads and writes there is waited for."""
+    kms_key: str | None = None
+    """Key in AWS KMS (id or ARN) that encrypts the output. Default: as its bucket is set up."""
+    single_driver: bool = False
+    """A promise that no run is ever driven twice at a time, for an output store without conditional PUT."""
     report_thumbnails: bool = False
     """Show flagged pictures in the report. Reports travel, and real ones would carry what must not."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
             raise UsageError(f"shard size is {self.shard_size}, but a shard needs at least 1 image")
+        if bool(self.source) == bool(self.retry_errors):
+            raise UsageError(
+                "give either --source, what to scan, or --retry-errors, the run whose errors to scan again"
+            )
+        if not 0 <= self.output_patience <= 360:
+            raise UsageError(
+                f"output patience is {self.output_patience:g} s, not between 0 and 360: a run that stands "
+                "still for longer is ended"
+            )
+        check_endpoint(self.endpoint_url)
         if not 0 <= self.max_outage <= 1:
             raise UsageError(f"max outage is {self.max_outage}, but it is a share between 0 and 1")
-        if self.run_id is not None and not RUN_ID.fullmatch(self.run_id):
-            raise UsageError(f"run id {self.run_id!r} may hold letters, digits, '.', '_' and '-' only, up to 100")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Models:
-    """What the run must know of the plan's nets: by stage (version, sha256), and the last one's cost alone."""
-
-    versions: dict[str, tuple[str, str]]
-    individual_gmac: float
-
-    @property
-    def weights_sha256(self) -> dict[str, str]:
-        return {stage: digest for stage, (_, digest) in self.versions.items()}
-
-
-def check_models(plan: Plan) -> Models:
-    """Loads every net once, here, so that a missing or unfit one is a clear line and not a dead actor."""
-    versions = {}
-    try:
-        for stage in plan.stages:
-            net, card = load_net(stage.model)
-            check_stage(stage, plan.categories, net, card.categories)
-            versions[stage.name] = (card.version, card.sha256)
-    except (ValueError, RuntimeError, KeyError) as error:
-        # RuntimeError and KeyError: weights that do not fit the card's trunk.
-        raise UsageError(f"plan {plan.name!r}: {' '.join(str(error).split())[:300]}") from error
-    return Models(versions=versions, individual_gmac=gmac_per_test(net, plan.stages[-1].input_size, 1))
+        for run_id in (self.run_id, self.retry_errors):
+            if run_id is not None and not RUN_ID.fullmatch(run_id):
+                raise UsageError(f"run id {run_id!r} may hold letters, digits, '.', '_' and '-' only, up to 100")
 
 
 def run_scan(config: ScanConfig) -> dict[str, Any]:
@@ -111,8 +112,18 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
     """
     began = time.perf_counter()
     with storage_errors_as_usage():
-        _check_apart(config)
-        plan, models, store = preflight(config)
+        plan = load_plan(config.plan)
+        models = check_models(plan)
+        store = Store(
+            config.output,
+            config.endpoint_url,
+            kms_key=config.kms_key,
+            patience=config.output_patience,
+            conditional=not config.single_driver,
+        )
+        if config.source:
+            check_apart(config.source, config.output)
+        check_output(store)
         run_id = config.run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
         labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
         frozen = commit.read_frozen(store, run_id)
@@ -120,57 +131,34 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
             frozen = _start(config, store, run_id, plan, models)
         _check_same_run(frozen, config, run_id, plan, models)
         record = commit.read_json(store, commit.record_key(run_id))
-        if record and record["status"] == "complete":
+        if record:
+            add_report(store, record, plan, config)
             return record
         driver = Driver(config, store, run_id, frozen, plan, models)
     return driver.run(labels, began)
 
 
-def preflight(config: ScanConfig) -> tuple[Plan, Models, Store]:
-    """Whatever can be known to be wrong without the source. Raises UsageError."""
-    plan = load_plan(config.plan)
-    models = check_models(plan)
-    return plan, models, check_writable(config.output, config.endpoint_url)
-
-
-@contextmanager
-def storage_errors_as_usage() -> Iterator[None]:
-    """Before a run has begun, a store that does not answer is a matter of configuration."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (BaseError, BotoCoreError, ClientError, OSError, ValueError) as error:
-        raise UsageError(f"storage: {reason(error)}") from error
-
-
-def _check_apart(config: ScanConfig) -> None:
-    """The output must not be listed. An S3 source is a prefix, with or without a slash at its end."""
-    source, output = parse_uri(config.source), parse_uri(config.output)
-    inside = source.key if source.bucket else source.key.rstrip("/") + "/"
-    if source.bucket == output.bucket and (output.key.rstrip("/") + "/").startswith(inside):
-        raise UsageError(f"output {config.output} lies inside source {config.source}: it would be scanned")
-
-
 def _start(config: ScanConfig, store: Store, run_id: str, plan: Plan, models: Models) -> dict[str, Any]:
     """Lists the source and freezes the run: what it scans, in which order, and with what."""
+    parent = read_parent(store, config.retry_errors) if config.retry_errors else None
+    if parent:
+        rows = list_failed(store, parent, config.endpoint_url)
+    else:
+        rows = list_source(config.source, config.exclude, config.endpoint_url)
     salt = config.salt or secrets.token_hex(16)
     # A folder of its own: two drivers that start one run at once must not write over each other.
     prefix = f"{commit.state_prefix(run_id)}/manifest-{uuid.uuid4().hex[:8]}"
-    manifest = build_manifest(
-        list_source(config.source, config.exclude, config.endpoint_url),
-        store,
-        prefix,
-        salt=salt,
-        window=plan.window,
-        shard_size=config.shard_size,
-    )
+    manifest = build_manifest(rows, store, prefix, salt=salt, window=plan.window, shard_size=config.shard_size)
     if not manifest.images:
+        if parent:
+            raise UsageError(f"run {config.retry_errors} has no errors that may pass: there is nothing to scan again")
         raise UsageError(f"source {config.source} holds no images (patterns left out: {', '.join(config.exclude)})")
+    check_readable(store, manifest.shards[0], plan.preparation, config.endpoint_url)
     frozen = {
         "run_id": run_id,
-        "source": config.source,
-        "exclude": list(config.exclude),
+        "parent_run_id": config.retry_errors,
+        "source": parent["source"] if parent else config.source,
+        "exclude": parent["exclude"] if parent else list(config.exclude),
         "salt": salt,
         "scan_date": datetime.now(UTC).date().isoformat(),
         "started_at": datetime.now(UTC).isoformat(),
@@ -187,6 +175,7 @@ def _manifest_json(manifest: Manifest) -> dict[str, Any]:
     return {
         "listed": manifest.images,
         "duplicates": manifest.duplicates,
+        "largest_window_bytes": manifest.largest_window_bytes,
         "shards": [asdict(shard) for shard in manifest.shards],
     }
 
@@ -194,12 +183,19 @@ def _manifest_json(manifest: Manifest) -> dict[str, Any]:
 def _check_same_run(frozen: dict[str, Any], config: ScanConfig, run_id: str, plan: Plan, models: Models) -> None:
     """A resumed run goes on with the source, plan and weights it was started with, or not at all."""
     for what, then, now in (
-        ("source", frozen["source"], config.source),
+        ("source", frozen["source"], config.source or frozen["source"]),
+        ("--retry-errors", frozen["parent_run_id"], config.retry_errors),
         ("plan version", frozen["plan_version"], plan.version),
         ("weights", frozen["weights_sha256"], models.weights_sha256),
     ):
         if then != now:
             raise UsageError(f"run {run_id!r} was started with {what} {then}, not {now}; give another --run-id")
+
+
+def add_report(store: Store, record: dict[str, Any], plan: Plan, config: ScanConfig) -> None:
+    """Writes the report of a complete run that has none."""
+    if not store.exists(f"runs/{record['run_id']}/report.html"):
+        write_report(store, record, plan, config.endpoint_url, thumbnails=config.report_thumbnails)
 
 
 class Driver:
@@ -221,16 +217,14 @@ class Driver:
     def run(self, labels: pa.Table | None, began: float) -> dict[str, Any]:
         """The run record. ``began``: reading of the clock when the scan was started."""
         with self._failing_by_name(began):
-            self._write_record("running", began)
+            self._write_status("running", began)
             startup = self._stream(began)
             record = self._record("complete", began, startup, self._judge(labels))
-            write_report(
-                self.store, record, self.plan, self.config.endpoint_url, thumbnails=self.config.report_thumbnails
-            )
-            self.ledger.check_epoch()
-            commit.write_json(self.store, commit.record_key(self.run_id), record)
-        # The run is complete: attempts that cannot be removed now are only litter.
+            record = self.ledger.complete(record)
+            # The run is complete and stands. Started again, it writes the report that a failure here leaves out.
+            add_report(self.store, record, self.plan, self.config)
         with suppress(BaseError, OSError):
+            self._write_status("complete", began)
             self.ledger.sweep_attempts()
         return record
 
@@ -241,13 +235,13 @@ class Driver:
             if not self.ledger.pending:
                 return None
             destination = Destination(
-                output=self.store.uri,
+                store=self.store,
                 endpoint_url=self.config.endpoint_url,
                 attempts=commit.attempts_prefix(self.run_id),
                 run_id=self.run_id,
                 models=self.models.versions,
             )
-            with ray_session(pools(self.plan), f"plan {self.plan.name!r}"):
+            with ray_session(pools(self.plan), f"plan {self.plan.name!r}", self._window_bytes()):
                 for receipt in stream(self.plan, window_refs(self.store, self.ledger.pending), destination):
                     startup = startup or time.perf_counter() - began
                     progress.add(receipt)
@@ -258,14 +252,19 @@ class Driver:
             raise RunError(f"{len(self.ledger.pending)} shards were not finished though the stream has ended")
         return startup
 
+    def _window_bytes(self) -> int:
+        """The most that one window can be in Ray's object store: its files and its pixels."""
+        side = max(stage.input_size for stage in self.plan.stages)
+        return self.frozen["largest_window_bytes"] + 3 * side * side * self.plan.window.images
+
     def _judge(self, labels: pa.Table | None) -> dict[str, Any] | None:
         if labels is None:
             return None
         paths = [file["path"] for file in self.ledger.files if file["path"].startswith("ledger/")]
         return judge_run(self.store, paths, labels).to_json()
 
-    def _write_record(self, status: str, began: float, **more: Any) -> None:
-        commit.write_json(self.store, commit.record_key(self.run_id), self._record(status, began, None, None) | more)
+    def _write_status(self, status: str, began: float, **more: Any) -> None:
+        commit.write_json(self.store, commit.status_key(self.run_id), self._record(status, began, None, None) | more)
 
     def _record(
         self, status: str, began: float, startup: float | None, quality: dict[str, Any] | None
@@ -308,8 +307,8 @@ class Driver:
 
     def _record_failure(self, line: str, began: float) -> None:
         if self.ledger.is_current():
-            self._write_record("failed", began, failure=line)
-            self.store.write(f"runs/{self.run_id}/failure.txt", traceback.format_exc().encode())
+            self._write_status("failed", began, failure=line)
+            self.store.write(f"runs/{self.run_id}/failure.txt", redact(traceback.format_exc()).encode())
 
 
 def _one_line(error: BaseException) -> str:

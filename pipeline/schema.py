@@ -93,6 +93,7 @@ RECEIPT = pa.schema(
         ("shard", pa.int32()),
         ("windows", pa.list_(pa.int64())),
         ("attempt", pa.string()),
+        ("tables", pa.list_(pa.string())),  # of which the attempt has a file
         ("outcomes", pa.list_(pa.struct([("outcome", pa.string()), ("images", pa.int64())]))),
         ("work", pa.list_(WORK)),
     ]

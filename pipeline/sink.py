@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline import schema
 from pipeline.plan import Plan, StageSpec
-from pipeline.storage import Store
+from pipeline.store import Store
 from pipeline.window import OUTCOMES, GroupTest, Image, Window
 
 DEFAULT_ACTION = "review"
@@ -35,7 +35,7 @@ class Sink:
 
     def __init__(
         self,
-        store: tuple[str, str | None],
+        store: Store,
         prefix: str,
         run_id: str,
         plan: Plan,
@@ -54,16 +54,16 @@ class Sink:
     def _write(self, shard: int, windows: list[Window]) -> dict[str, Any]:
         attempt = f"{self.prefix}/shard-{shard:05d}/{windows[0].window:08d}-{uuid.uuid4().hex}"
         now = datetime.now(UTC)
-        store = Store(*self.store)
-        for name, rows in self.rows.of_windows(windows, now).items():
-            if rows:
-                table = pa.Table.from_pylist(rows, schema.TABLES[name])
-                store.write(f"{attempt}/{name}.parquet", table_bytes(table))
+        tables = {name: rows for name, rows in self.rows.of_windows(windows, now).items() if rows}
+        for name, rows in tables.items():
+            table = pa.Table.from_pylist(rows, schema.TABLES[name])
+            self.store.write(f"{attempt}/{name}.parquet", table_bytes(table))
         outcomes = [image.outcome for window in windows for image in window.images]
         return {
             "shard": shard,
             "windows": [window.window for window in windows],
             "attempt": attempt,
+            "tables": list(tables),
             "outcomes": [{"outcome": kind, "images": outcomes.count(kind)} for kind in OUTCOMES],
             "work": [
                 {name: getattr(work, name) for name in schema.WORK.names} for window in windows for work in window.work

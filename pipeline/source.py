@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from pipeline.errors import UsageError
 from pipeline.plan import WindowSpec
 from pipeline.schema import MANIFEST
-from pipeline.storage import Location, Store, list_side_by_side, parse_uri, read_object
+from pipeline.storage import Location, list_side_by_side, parse_uri, read_object
+from pipeline.store import Store
 
 LISTED = pa.schema(
     [MANIFEST.field(name) for name in ("uri", "size_bytes", "etag", "modified_at", "image_id")]
@@ -55,6 +56,8 @@ class Manifest:
     shards: tuple[Shard, ...]
     duplicates: int
     """Objects that the source listed more than once; they are tested once."""
+    largest_window_bytes: int
+    """As listed."""
 
     @property
     def images(self) -> int:
@@ -166,7 +169,7 @@ def build_manifest(
                 continue
             last_id = row["image_id"]
             writer.add(row, cutter.next_window(row["size_bytes"] or 0))
-        return Manifest(shards=tuple(writer.close()), duplicates=duplicates)
+        return Manifest(shards=tuple(writer.close()), duplicates=duplicates, largest_window_bytes=cutter.largest_bytes)
 
 
 def _spool(rows: Iterable[dict[str, Any]], salt: str, folder: Path) -> None:
@@ -192,10 +195,18 @@ def _sorted_rows(folder: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
+def manifest_bytes(rows: pa.Table) -> bytes:
+    """A manifest file, in row groups of which a window needs one or two."""
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, compression="zstd", row_group_size=ROW_GROUP)
+    return buffer.getvalue()
+
+
 class _WindowCutter:
     def __init__(self, spec: WindowSpec) -> None:
         self.spec = spec
         self.window, self.images, self.bytes = 0, 0, 0
+        self.largest_bytes = 0
 
     def next_window(self, size_bytes: int) -> int:
         """The window of the next image."""
@@ -205,6 +216,7 @@ class _WindowCutter:
             self.window, self.images, self.bytes = self.window + 1, 0, 0
         self.images += 1
         self.bytes += size_bytes
+        self.largest_bytes = max(self.largest_bytes, self.bytes)
         return self.window
 
 
@@ -232,9 +244,7 @@ class _ShardWriter:
     def _flush(self) -> None:
         index = len(self.shards)
         key = f"{self.prefix}/shard-{index:05d}.parquet"
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(self.rows, MANIFEST), buffer, compression="zstd", row_group_size=ROW_GROUP)
-        self.store.write(key, buffer.getvalue())
+        self.store.write(key, manifest_bytes(pa.Table.from_pylist(self.rows, MANIFEST)))
         windows = self.rows[-1]["window"] - self.rows[0]["window"] + 1
         self.shards.append(Shard(index=index, images=len(self.rows), windows=windows, key=key))
         self.rows = []

@@ -20,6 +20,7 @@ from torch import Tensor
 from models.cost import embedding_gmac, gmac_per_test
 from models.group_net import GroupNet, Kept
 from models.weights import load_net
+from pipeline.errors import RunError
 from pipeline.plan import StageSpec
 from pipeline.window import GroupTest, Image, Window, Work
 
@@ -66,6 +67,8 @@ class GroupStage:
         self.regroup_gmac = 0.0
         if spec.groupings == 2:
             self.regroup_gmac = self.gmac[0] - spec.rounds[0] * embedding_gmac(self.net, spec.input_size)
+        # Halved whenever the device runs out of memory.
+        self.batch_images = spec.batch_images
         self.device = torch.device("cuda" if spec.num_gpus else "cpu")
         self.dtype = DTYPES[spec.dtype]
         # float32 means float32: TF32 would move scores by more than a change of batch does.
@@ -74,8 +77,33 @@ class GroupStage:
         if not spec.num_gpus:
             torch.set_num_threads(max(1, round(spec.num_cpus)))
 
-    @torch.inference_mode()
     def __call__(self, windows: list[Window]) -> list[Window]:
+        """Raises RunError when not even one group, or one window, fits into the device's memory."""
+        before = [_Undecided(window) for window in windows]
+        try:
+            return self._test_all(windows)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        # Out of the handler: the error held on to the tensors of the call.
+        for window in before:
+            window.restore()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.batch_images >= 2 * self.spec.rounds[0]:
+            self.batch_images //= 2
+            return self(windows)
+        if len(windows) > 1:
+            half = len(windows) // 2
+            return self(windows[:half]) + self(windows[half:])
+        raise RunError(
+            f"stage {self.spec.name!r}: window {windows[0].window} does not fit into the memory of its device even "
+            f"when one group of {self.spec.rounds[0]} is tested at a time; give the plan smaller windows or rounds, "
+            "or the stage a device of its own"
+        )
+
+    @torch.inference_mode()
+    def _test_all(self, windows: list[Window]) -> list[Window]:
         had_pixels = [window.undecided for window in windows]
         if self.spec.groupings == 2:
             self._test_twice(windows)
@@ -183,7 +211,7 @@ class GroupStage:
             yield images, torch.from_numpy(present).to(self.device)
 
     def _groups_per_batch(self, size: int) -> int:
-        return max(1, self.spec.batch_images // size)
+        return max(1, self.batch_images // size)
 
     def _keep_positive(self, batches: list[Kept], positive: np.ndarray, size: int) -> Kept:
         """The features of the first round's positive groups, gathered from its batches."""
@@ -239,6 +267,30 @@ class GroupStage:
                     seconds=seconds * images_in / max(1, sum(entered)),
                 )
             )
+
+
+class _Undecided:
+    """A window as a stage found it, to begin again from."""
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self.pixels = window.pixels
+        self.steps = len(window.work)
+        images = (window.images[position] for position in window.undecided)
+        self.images = [(image, image.payload, len(image.tests)) for image in images]
+
+    def restore(self) -> None:
+        self.window.pixels = self.pixels
+        del self.window.work[self.steps :]
+        for image, payload, tests in self.images:
+            image.outcome = image.error_code = image.error_detail = None
+            image.payload = payload
+            del image.tests[tests:]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has an error of its own for it, the CPU's allocator has not."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def form_groups(window: Window, spec: StageSpec, *, across: bool = False) -> list[Group]:

@@ -1,29 +1,37 @@
-"""Where bytes live: ``s3://bucket/prefix`` or a local folder, behind one small store.
+"""Where bytes live: uris, clients, listings and whole objects, in S3 or in a local folder.
 
-obstore moves the bytes (one client for both kinds, conditional PUT included). boto3 finds the
-credentials for it, and lists and fetches what obstore cannot name: see ``is_plain_key``.
+obstore moves the bytes. boto3 finds the credentials for it, and lists and fetches what obstore cannot
+name: see ``is_plain_key``.
 """
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import boto3
 import obstore
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 from obstore.auth.boto3 import Boto3CredentialProvider
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
-from obstore.store import LocalStore, S3Store
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotFoundError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import S3Store
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from pipeline.errors import UsageError
 
@@ -33,8 +41,23 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10
 READ_SECONDS = 60
+READ_PATIENCE = 20.0
+"""Seconds for which a single read of a file that the user named is tried again."""
 LISTING_THREADS = 16
 LISTING_DEPTH = 3
+ANSWERS = (FileNotFoundError, NotFoundError, AlreadyExistsError, PreconditionError)
+"""What a store says when it works."""
+DENIED = (PermissionDeniedError, UnauthenticatedError)
+# What errors of S3 servers and of clients say of the caller's credentials.
+SECRETS = re.compile(
+    r"<(AWSAccessKeyId|StringToSign|StringToSignBytes|SignatureProvided|CanonicalRequest|CanonicalRequestBytes)>.*?(</\1>|$)"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"
+    r"|(?i:\b(?:X-Amz-(?:Credential|Signature|Security-Token)|AWSAccessKeyId|Signature|Credential)=[^&\s,]+)"
+    r"|(?<=://)[^/\s@]+@",
+    re.DOTALL,
+)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,12 +94,12 @@ def is_plain_key(key: str) -> bool:
 
 
 @lru_cache(maxsize=8)
-def s3_client(endpoint_url: str | None) -> S3Client:
+def s3_client(endpoint_url: str | None, attempts: int = 4) -> S3Client:
     """A boto3 client; path-style addresses whenever an endpoint is given, as most servers want."""
     config = Config(
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,
-        retries={"max_attempts": 4, "mode": "standard"},
+        retries={"total_max_attempts": attempts, "mode": "standard"},
         max_pool_connections=64,
         s3={"addressing_style": "path" if endpoint_url else "auto"},
     )
@@ -88,9 +111,9 @@ def region() -> str:
 
 
 @lru_cache(maxsize=64)
-def open_bucket(bucket: str, prefix: str | None, endpoint_url: str | None) -> S3Store:
-    """An obstore client for one bucket, with boto3's credentials."""
-    options: dict[str, Any] = {"endpoint": endpoint_url, "virtual_hosted_style_request": False} if endpoint_url else {}
+def open_bucket(bucket: str, prefix: str | None, endpoint_url: str | None, **options: Any) -> S3Store:
+    """An obstore client for one bucket, with boto3's credentials. It tries nothing twice: see ``patiently``."""
+    address: dict[str, Any] = {"endpoint": endpoint_url, "virtual_hosted_style_request": False} if endpoint_url else {}
     return S3Store(
         bucket,
         prefix=prefix or None,
@@ -101,64 +124,25 @@ def open_bucket(bucket: str, prefix: str | None, endpoint_url: str | None) -> S3
             "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
             "timeout": timedelta(seconds=READ_SECONDS),
         },
-        retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=60)},
+        retry_config={"max_retries": 0},
+        **address,
         **options,
     )
 
 
-class Store:
-    """The objects below one uri, named by clean relative keys: what the scan itself writes."""
-
-    def __init__(self, uri: str, endpoint_url: str | None = None) -> None:
-        location = parse_uri(uri)
-        self.uri = location.uri.rstrip("/")
-        if location.bucket is None:
-            self._store: S3Store | LocalStore = LocalStore(location.key, mkdir=True, automatic_cleanup=True)
-        else:
-            self._store = open_bucket(location.bucket, location.key.strip("/"), endpoint_url)
-
-    def uri_of(self, key: str) -> str:
-        return f"{self.uri}/{key}"
-
-    def read(self, key: str) -> bytes:
-        """Raises FileNotFoundError."""
-        return bytes(obstore.get(self._store, key).bytes())
-
-    def write(self, key: str, body: bytes) -> str:
-        """Writes or replaces, whole or not at all; returns the object's uri."""
-        obstore.put(self._store, key, body)
-        return self.uri_of(key)
-
-    def create(self, key: str, body: bytes) -> bool:
-        """Writes unless the object exists (conditional PUT); False when it does."""
-        try:
-            obstore.put(self._store, key, body, mode="create")
-        except (AlreadyExistsError, PreconditionError):
-            return False
-        return True
-
-    def copy(self, source: str, target: str) -> None:
-        obstore.copy(self._store, source, target)
-
-    def delete(self, keys: list[str]) -> None:
-        if keys:
-            obstore.delete(self._store, keys)
-
-    def sizes(self, prefix: str) -> dict[str, int]:
-        """Key and size in bytes of every object below a folder."""
-        return {meta["path"]: meta["size"] for chunk in obstore.list(self._store, prefix) for meta in chunk}
-
-
-def check_writable(uri: str, endpoint_url: str | None) -> Store:
-    """Opens an output and writes a probe into it, or says in one line why not."""
-    try:
-        store = Store(uri, endpoint_url)
-        probe = f"_state/probe-{uuid.uuid4().hex}"  # two scans may start at once
-        store.write(probe, b"dorfman was here")
-        store.delete([probe])
-    except (BaseError, OSError, BotoCoreError, ValueError) as error:
-        raise UsageError(f"cannot write to {uri}: {reason(error)}") from error
-    return store
+def patiently(
+    request: Callable[[], T], seconds: float, final: tuple[type[Exception], ...] = ANSWERS, longest_pause: float = 15.0
+) -> T:
+    """Tries a request again, with growing random pauses, until it gets through, fails finally or time is up."""
+    attempts = Retrying(
+        retry=retry_if_exception(
+            lambda error: isinstance(error, (BaseError, OSError)) and not isinstance(error, final)
+        ),
+        stop=stop_after_delay(seconds),
+        wait=wait_random_exponential(multiplier=0.5, max=longest_pause),
+        reraise=True,
+    )
+    return attempts(request)
 
 
 def list_side_by_side(location: Location, endpoint_url: str | None) -> Iterator[ObjectTypeDef]:
@@ -204,15 +188,20 @@ def list_side_by_side(location: Location, endpoint_url: str | None) -> Iterator[
 
 
 def reason(error: Exception) -> str:
-    """The part of a storage error that a person can act on, in one line."""
+    """The part of a storage error that a person can act on, in one line and without credentials."""
     if isinstance(error, ClientError):
         detail = error.response.get("Error", {})
-        return f"{detail.get('Code', 'error')}: {detail.get('Message', '')}".strip(": ")
+        return redact(f"{detail.get('Code', 'error')}: {detail.get('Message', '')}".strip(": "))
     name = type(error).__name__
     if name == "NoCredentialsError":
         return "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
     text = str(error).split("\n\nDebug source")[0]
-    return " ".join(text.split())[:300] or name
+    return " ".join(redact(text).split())[:300] or name
+
+
+def redact(text: str) -> str:
+    """Without key ids, signatures, tokens and user names in addresses, which servers like to repeat in their errors."""
+    return SECRETS.sub("[redacted]", text)
 
 
 def read_object(location: Location, endpoint_url: str | None) -> bytes:
@@ -220,7 +209,9 @@ def read_object(location: Location, endpoint_url: str | None) -> bytes:
     if location.bucket is None:
         return Path(location.key).read_bytes()
     if is_plain_key(location.key):
-        return bytes(obstore.get(open_bucket(location.bucket, None, endpoint_url), location.key).bytes())
+        store = open_bucket(location.bucket, None, endpoint_url)
+        final = (*ANSWERS, *DENIED)
+        return patiently(lambda: bytes(obstore.get(store, location.key).bytes()), READ_PATIENCE, final)
     try:
         return s3_client(endpoint_url).get_object(Bucket=location.bucket, Key=location.key)["Body"].read()
     except ClientError as error:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import schema
+from pipeline.codes import CODES
 
 Outcome = Literal["cleared", "flagged", "error", "skipped"]
 OUTCOMES: tuple[Outcome, ...] = ("cleared", "flagged", "error", "skipped")
@@ -55,6 +56,7 @@ class Image:
         self.payload = None
 
     def fail(self, code: str, detail: str) -> None:
+        assert code in CODES, code
         self.decide("error")
         self.error_code = code
         self.error_detail = detail

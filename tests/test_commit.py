@@ -17,7 +17,7 @@ from pipeline.flow import window_refs
 from pipeline.plan import WindowSpec, parse_plan
 from pipeline.sink import Sink
 from pipeline.source import build_manifest
-from pipeline.storage import Store
+from pipeline.store import Store
 from pipeline.tally import Tally, stage_rows
 from pipeline.window import GroupTest, Image, Window, Work, windows_from_table, windows_to_table
 from tests.test_plan import content
@@ -36,7 +36,7 @@ class Run:
         self.manifest = build_manifest(
             rows, self.store, "_state/r/manifest", salt="s", window=WindowSpec(images=16), shard_size=shard_size
         )
-        self.sink = Sink((self.output, None), commit.attempts_prefix("r"), "r", PLAN, {"one": ("m@1", "d")})
+        self.sink = Sink(self.store, commit.attempts_prefix("r"), "r", PLAN, {"one": ("m@1", "d")})
 
     def ledger(self) -> Ledger:
         return Ledger(self.store, "r", "2026-01-01", list(self.manifest.shards))

@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.errors import UsageError
 from pipeline.plan import PLANS, load_plan, parse_plan
-from pipeline.scan import check_models
+from pipeline.preflight import check_models
 
 
 def content(**changes) -> dict:

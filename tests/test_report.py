@@ -15,10 +15,12 @@ import pytest
 from PIL import Image
 
 from pipeline import decode, fetch, picture, report, schema, stages
+from pipeline.codes import CODES
 from pipeline.plan import Plan
-from pipeline.report import ERROR_CODES, write_report
+from pipeline.report import write_report
 from pipeline.sink import table_bytes
-from pipeline.storage import Location, Store
+from pipeline.storage import Location
+from pipeline.store import Store
 
 HOSTILE = [
     "s3://uploads/<script>alert(1)</script>.jpg",
@@ -227,8 +229,8 @@ def test_funnel_times_errors_and_digests(render: Render) -> None:
         "retest": ["", "45.0 s", "22.50 %", "40", "0.889"],
     }
     assert page.table("Code") == {
-        "truncated": ["7", ERROR_CODES["truncated"]],
-        "fetch_denied": ["3", ERROR_CODES["fetch_denied"]],
+        "truncated": ["7", CODES["truncated"].meaning],
+        "fetch_denied": ["3", CODES["fetch_denied"].meaning],
     }
     assert page.table("Stage") == {"screen": ["tree", "aa" * 32], "retest": ["alone", "bb" * 32]}
 
@@ -392,6 +394,7 @@ def test_every_error_code_is_explained() -> None:
     for module in (fetch, decode, stages):
         source = Path(module.__file__ or "").read_text()
         codes |= set(re.findall(r'(?:FetchError|\.fail)\(\s*"(\w+)"', source))
-        codes |= set(re.findall(r'\d{3}: "(\w+)"', source))
+        codes |= set(re.findall(r'(?:\d{3}: |FetchError\()"(\w+)"', source))
+        codes |= set(re.findall(r'FetchError\("(\w+)" if', source)) | set(re.findall(r'else "(fetch_\w+)"', source))
     assert len(codes) > 10
-    assert codes == set(ERROR_CODES)
+    assert codes == set(CODES)

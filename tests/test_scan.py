@@ -22,7 +22,8 @@ import yaml
 from pipeline.examples import read_labels
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.schema import ERRORS, FLAGGED, LEDGER
-from pipeline.storage import Store, s3_client
+from pipeline.storage import s3_client
+from pipeline.store import Store
 from tests.conftest import small_plan
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -231,7 +232,7 @@ def test_a_killed_driver_goes_on_where_it_was(corpus, scanned, tmp_path):
     complete = [marker for marker in done.values() if all((output / file["path"]).exists() for file in marker["files"])]
     named = {output / file["path"]: file["sha256"] for marker in complete for file in marker["files"]}
     before = {path: path.stat().st_mtime_ns for path in named}
-    assert json.loads((output / "runs/killed.json").read_text())["status"] == "running"
+    assert json.loads((output / "runs/killed/status.json").read_text())["status"] == "running"
 
     second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr

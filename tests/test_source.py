@@ -16,7 +16,8 @@ from pipeline.fetch import Fetcher
 from pipeline.flow import window_refs
 from pipeline.plan import Preparation, WindowSpec
 from pipeline.source import build_manifest, image_id, list_source
-from pipeline.storage import Store, is_plain_key, parse_uri, s3_client
+from pipeline.storage import is_plain_key, parse_uri, s3_client
+from pipeline.store import Store
 
 EXCLUDE = ("_*", ".*", "*.parquet")
 # Legal S3 keys that clients like to spoil.
@@ -73,7 +74,7 @@ def test_every_legal_key_is_listed_once_and_folders_and_patterns_are_not(odd_buc
 def test_every_legal_key_is_fetched_as_it_is(odd_bucket, tmp_path):
     store, manifest = build(tmp_path, list_source("s3://odd/top/", EXCLUDE, odd_bucket))
     refs = window_refs(store, list(manifest.shards)).to_pylist()
-    fetcher = Fetcher(str(tmp_path), odd_bucket, Preparation())
+    fetcher = Fetcher(Store(str(tmp_path)), odd_bucket, Preparation())
     # The manifest lies in a local folder here, so the endpoint is only asked for the pictures.
     (window,) = fetcher(refs)
     assert {image.uri: image.payload for image in window.images} == {
@@ -100,7 +101,7 @@ def test_fetch_errors_have_names(odd_bucket, tmp_path):
     store, manifest = build(tmp_path, listed)
     client.delete_object(Bucket="moving", Key="gone")
     client.put_object(Bucket="moving", Key="changed", Body=b"other")
-    (window,) = Fetcher(str(tmp_path), odd_bucket, Preparation(max_megabytes=1))(
+    (window,) = Fetcher(Store(str(tmp_path)), odd_bucket, Preparation(max_megabytes=1))(
         window_refs(store, list(manifest.shards)).to_pylist()
     )
     assert {image.uri.rsplit("/", 1)[1]: image.error_code for image in window.images} == {
@@ -121,7 +122,7 @@ def test_local_names_of_any_bytes_survive(tmp_path):
             file.write(name)
     (folder / "_skipped.jpg").write_bytes(b"")
     store, manifest = build(tmp_path / "out", list_source(str(folder), EXCLUDE, None))
-    (window,) = Fetcher(str(tmp_path / "out"), None, Preparation())(
+    (window,) = Fetcher(Store(str(tmp_path / "out")), None, Preparation())(
         window_refs(store, list(manifest.shards)).to_pylist()
     )
     assert sorted(image.payload for image in window.images) == sorted(names)

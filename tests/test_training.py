@@ -34,7 +34,8 @@ from pipeline.errors import RunError, UsageError
 from pipeline.examples import label_folder, read_labelled, split_off
 from pipeline.fit import TrainConfig, fit
 from pipeline.schema import LABELS
-from pipeline.storage import Store, s3_client
+from pipeline.storage import s3_client
+from pipeline.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = (MergePoint(cut="stem", size=2), MergePoint(cut="layer1", size=2))

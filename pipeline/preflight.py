@@ -1,0 +1,113 @@
+"""What can be known to be wrong before a run begins, each in one line that names the remedy."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError, ClientError
+from obstore.exceptions import BaseError
+
+from models.cost import gmac_per_test
+from models.weights import load_net
+from pipeline.errors import UsageError
+from pipeline.fetch import Fetcher
+from pipeline.plan import Plan, Preparation
+from pipeline.source import Shard
+from pipeline.stages import check_stage
+from pipeline.storage import parse_uri, reason
+from pipeline.store import Store, check_writable
+from pipeline.window import Image, Window
+
+# For the sorted listing, and for what Ray spills beside it.
+MIN_SCRATCH_BYTES = 1_000_000_000
+MIN_OUTPUT_BYTES = 20_000_000
+SAMPLED_IMAGES = 3
+# A store that hiccups while it is looked at is no wrong configuration.
+PATIENCE = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """What the run must know of the plan's nets: by stage (version, sha256), and the last one's cost alone."""
+
+    versions: dict[str, tuple[str, str]]
+    individual_gmac: float
+
+    @property
+    def weights_sha256(self) -> dict[str, str]:
+        return {stage: digest for stage, (_, digest) in self.versions.items()}
+
+
+def check_models(plan: Plan) -> Models:
+    """Loads every net once, here, so that a missing or unfit one is a clear line and not a dead actor."""
+    versions = {}
+    try:
+        for stage in plan.stages:
+            net, card = load_net(stage.model)
+            check_stage(stage, plan.categories, net, card.categories)
+            versions[stage.name] = (card.version, card.sha256)
+    except (ValueError, RuntimeError, KeyError) as error:
+        # RuntimeError and KeyError: weights that do not fit the card's trunk.
+        raise UsageError(f"plan {plan.name!r}: {' '.join(str(error).split())[:300]}") from error
+    return Models(versions=versions, individual_gmac=gmac_per_test(net, plan.stages[-1].input_size, 1))
+
+
+@contextmanager
+def storage_errors_as_usage() -> Iterator[None]:
+    """Before a run has begun, a store that does not answer is a matter of configuration."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (BaseError, BotoCoreError, ClientError, OSError, ValueError) as error:
+        raise UsageError(f"storage: {reason(error)}") from error
+
+
+def check_endpoint(endpoint_url: str | None) -> None:
+    """An address is printed, logged and handed on: it must not hold a password."""
+    if endpoint_url and "@" in endpoint_url.partition("://")[2].partition("/")[0]:
+        raise UsageError("the endpoint url holds a user name or password; give credentials by environment or profile")
+
+
+def check_apart(source: str, output: str) -> None:
+    """The output must not be listed. An S3 source is a prefix, with or without a slash at its end."""
+    inner, outer = parse_uri(output), parse_uri(source)
+    inside = outer.key if outer.bucket else outer.key.rstrip("/") + "/"
+    if inner.bucket == outer.bucket and (inner.key.rstrip("/") + "/").startswith(inside):
+        raise UsageError(f"output {output} lies inside source {source}: it would be scanned")
+
+
+def check_output(store: Store) -> None:
+    """That the output can be written, keeps what is there, and has room."""
+    check_writable(replace(store, patience=PATIENCE))
+    location = parse_uri(store.uri)
+    if location.bucket is None:
+        _check_room(Path(location.key), MIN_OUTPUT_BYTES, "the output", "give another --output")
+    _check_room(Path(tempfile.gettempdir()), MIN_SCRATCH_BYTES, "listings and what Ray spills", "set TMPDIR")
+
+
+def _check_room(folder: Path, least: int, what: str, remedy: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < least:
+        raise UsageError(f"{folder} has {free:,} bytes free and {what} need {least:,}: make room there, or {remedy}")
+
+
+def check_readable(store: Store, shard: Shard, limits: Preparation, endpoint_url: str | None) -> None:
+    """Fetches a few listed images: who may list a bucket may not always read it. Raises UsageError."""
+    manifest = pq.ParquetFile(io.BytesIO(store.read(shard.key)))
+    rows = manifest.read_row_group(0, columns=["image_id", "uri", "size_bytes", "etag"]).slice(0, SAMPLED_IMAGES)
+    images = [Image(**row) for row in rows.to_pylist()]
+    fetcher = Fetcher(None, endpoint_url, limits.model_copy(update={"fetch_seconds": 4 * PATIENCE}))
+    fetcher.fetch(Window(shard=0, window=0, first_ordinal=0, images=images))
+    if all(image.error_code == "fetch_denied" for image in images):
+        raise UsageError(
+            f"the source can be listed but not read: {images[0].uri}: {images[0].error_detail}; "
+            "allow s3:GetObject on its objects"
+        )

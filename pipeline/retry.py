@@ -1,0 +1,59 @@
+"""The images of an earlier run that failed for reasons that may pass, as the source of another run."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from botocore.exceptions import ClientError
+
+from pipeline import commit
+from pipeline.codes import MAY_PASS
+from pipeline.errors import UsageError
+from pipeline.source import file_etag
+from pipeline.storage import parse_uri, s3_client
+from pipeline.store import Store
+
+
+def read_parent(store: Store, run_id: str) -> dict[str, Any]:
+    """The record of the run whose errors are taken up. Raises UsageError."""
+    record = commit.read_json(store, commit.record_key(run_id))
+    if record is None:
+        raise UsageError(
+            f"--retry-errors {run_id}: no complete run of that name in {store.uri}; one that failed goes on with "
+            f"--run-id {run_id}"
+        )
+    return record
+
+
+def list_failed(store: Store, record: dict[str, Any], endpoint_url: str | None) -> Iterator[dict[str, Any]]:
+    """Rows as ``list_source`` gives them. An object that was replaced meanwhile is listed as it is now."""
+    for file in record["files"]:
+        if not file["path"].startswith("errors/") or not file["rows"]:
+            continue
+        table = pq.read_table(io.BytesIO(store.read(file["path"])))
+        columns = ["source_uri", "size_bytes", "etag", "error_code"]
+        for row in table.filter(pc.field("error_code").isin(MAY_PASS)).select(columns).to_pylist():
+            listed = {"uri": row["source_uri"], "size_bytes": row["size_bytes"], "etag": row["etag"]}
+            changed = row["error_code"] == "fetch_changed"
+            yield _as_it_is(row["source_uri"], endpoint_url) if changed else listed | {"modified_at": None}
+
+
+def _as_it_is(uri: str, endpoint_url: str | None) -> dict[str, Any]:
+    location = parse_uri(uri)
+    try:
+        if location.bucket is None:
+            status = os.stat(location.key)
+            size, etag, modified = status.st_size, file_etag(status), datetime.fromtimestamp(status.st_mtime, UTC)
+        else:
+            head = s3_client(endpoint_url).head_object(Bucket=location.bucket, Key=location.key)
+            size, etag, modified = head["ContentLength"], head["ETag"].strip('"'), head["LastModified"]
+    except (OSError, ClientError):
+        # Gone or out of reach: fetching will say so, by error row.
+        return {"uri": uri, "size_bytes": None, "etag": None, "modified_at": None}
+    return {"uri": uri, "size_bytes": size, "etag": etag, "modified_at": modified}

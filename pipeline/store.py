@@ -1,0 +1,148 @@
+"""The scan's own files below one uri: written whole or not at all, decided by conditional PUT, patient with outages."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import obstore
+from botocore.exceptions import BotoCoreError
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import LocalStore, S3Store
+
+from pipeline.errors import UsageError
+from pipeline.storage import open_bucket, parse_uri, patiently, reason
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Store:
+    """Objects named by clean relative keys. A value that travels to actors; the connection is each process's own."""
+
+    uri: str
+    endpoint_url: str | None = None
+    kms_key: str | None = field(default=None, kw_only=True)
+    """Id or ARN of the key in AWS KMS that encrypts what is written; without it the bucket's own rule holds."""
+    patience: float = field(default=0.0, kw_only=True)
+    """Seconds for which a request that fails is tried again."""
+    conditional: bool = field(default=True, kw_only=True)
+    """Whether the store refuses a conditional PUT of what exists. If not, ``create`` looks first, and can be late."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", parse_uri(self.uri).uri.rstrip("/"))
+
+    @property
+    def _client(self) -> S3Store | LocalStore:
+        return _open(self.uri, self.endpoint_url, self.kms_key)
+
+    def _patiently(self, request: Callable[[], T]) -> T:
+        # A bucket whose policy is being changed denies for a while what it took before: that is waited for too.
+        return patiently(request, self.patience)
+
+    def uri_of(self, key: str) -> str:
+        return f"{self.uri}/{key}"
+
+    def read(self, key: str) -> bytes:
+        """Raises FileNotFoundError."""
+        return self._patiently(lambda: bytes(obstore.get(self._client, key).bytes()))
+
+    def write(self, key: str, body: bytes) -> str:
+        """Writes or replaces, whole or not at all; returns the object's uri."""
+        self._patiently(lambda: obstore.put(self._client, key, body))
+        return self.uri_of(key)
+
+    def create(self, key: str, body: bytes) -> bool:
+        """Writes unless the object exists; False when it does, which may be an earlier try of this very call."""
+        return self._patiently(lambda: self._create(key, body))
+
+    def _create(self, key: str, body: bytes) -> bool:
+        if not self.conditional:
+            if self.exists(key):
+                return False
+            obstore.put(self._client, key, body)
+            return True
+        try:
+            obstore.put(self._client, key, body, mode="create")
+        except (AlreadyExistsError, PreconditionError):
+            return False
+        return True
+
+    def exists(self, key: str) -> bool:
+        try:
+            self._patiently(lambda: obstore.head(self._client, key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def copy(self, source: str, target: str) -> None:
+        """Raises FileNotFoundError."""
+        self._patiently(lambda: obstore.copy(self._client, source, target))
+
+    def delete(self, keys: list[str]) -> None:
+        if keys:
+            self._patiently(lambda: obstore.delete(self._client, keys))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Key and size in bytes of every object below a folder."""
+        return {key: size for key, (size, _) in self.objects(prefix).items()}
+
+    def objects(self, prefix: str) -> dict[str, tuple[int, datetime]]:
+        """Key, size in bytes and time of the last write of every object below a folder."""
+
+        def collect() -> dict[str, tuple[int, datetime]]:
+            chunks = obstore.list(self._client, prefix)
+            return {meta["path"]: (meta["size"], meta["last_modified"]) for chunk in chunks for meta in chunk}
+
+        return self._patiently(collect)
+
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly below a folder."""
+        listed = self._patiently(lambda: obstore.list_with_delimiter(self._client, prefix))
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in listed["common_prefixes"])
+
+
+@lru_cache(maxsize=8)
+def _open(uri: str, endpoint_url: str | None, kms_key: str | None) -> S3Store | LocalStore:
+    location = parse_uri(uri)
+    if location.bucket is None:
+        return LocalStore(location.key, mkdir=True, automatic_cleanup=True)
+    encryption: dict[str, Any] = {}
+    if kms_key:
+        encryption = {"server_side_encryption": "aws:kms", "sse_kms_key_id": kms_key}
+    return open_bucket(location.bucket, location.key.strip("/"), endpoint_url, **encryption)
+
+
+def check_writable(store: Store) -> None:
+    """Writes a probe, twice under the condition that it is new. Raises UsageError.
+
+    A store that takes the second one would let two drivers of one run both decide what a shard's rows are.
+    """
+    if store.kms_key and parse_uri(store.uri).bucket is None:
+        raise UsageError(f"a KMS key encrypts objects in S3, and {store.uri} is a folder: leave --kms-key out")
+    probe = f"_state/probe-{uuid.uuid4().hex}"  # two scans may start at once
+    try:
+        store.write(probe, b"dorfman was here")
+        refused = not _creates(store, probe)
+        store.delete([probe])
+    except (BaseError, OSError, BotoCoreError, ValueError) as error:
+        raise UsageError(f"cannot write to {store.uri}: {reason(error)}") from error
+    if not refused:
+        raise UsageError(
+            f"{store.uri} overwrites what a conditional PUT (If-None-Match: *) must not: two drivers of one run could "
+            "both commit a shard. Use a store that has it, or promise with --single-driver that a run is never "
+            "driven twice at a time"
+        )
+
+
+def _creates(store: Store, key: str) -> bool:
+    try:
+        return store.create(key, b"dorfman was here twice")
+    except BaseError as error:
+        if "501" in str(error) or "NotImplemented" in str(error):
+            return True  # it does not even take the condition
+        raise

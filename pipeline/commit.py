@@ -16,7 +16,6 @@ table never holds a file that no marker names, and two drivers cannot disagree.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections import defaultdict
@@ -33,7 +32,7 @@ from pipeline.codes import OUTAGE
 from pipeline.errors import RunError, UsageError
 from pipeline.sink import table_bytes
 from pipeline.source import Shard
-from pipeline.store import Store
+from pipeline.store import Store, digest
 from pipeline.tally import Tally
 
 READERS = 16
@@ -136,15 +135,20 @@ class Ledger:
         self._count(shard.index, marker)
 
     def _merge(self, name: str, receipts: list[dict[str, Any]]) -> pa.Table:
-        paths = [f"{receipt['attempt']}/{name}.parquet" for receipt in receipts if name in receipt["tables"]]
+        files = [
+            (f"{receipt['attempt']}/{name}.parquet", file["sha256"])
+            for receipt in receipts
+            for file in receipt["files"]
+            if file["table"] == name
+        ]
         with ThreadPoolExecutor(READERS) as readers:
-            parts = list(readers.map(lambda path: pq.read_table(io.BytesIO(self.store.read(path))), paths))
+            parts = list(readers.map(lambda file: pq.read_table(io.BytesIO(self.store.read(*file))), files))
         return pa.concat_tables([schema.TABLES[name].empty_table(), *parts]).sort_by(schema.SORT_KEYS[name])
 
     def _reconcile(self, shard: Shard, tables: dict[str, pa.Table], tally: Tally) -> None:
         """Rows = distinct ids = manifest rows, the very same ids; flagged and errors hold what the ledger says."""
         ledger = tables["ledger"]
-        manifest = pq.read_table(io.BytesIO(self.store.read(shard.key)), columns=["image_id"])
+        manifest = pq.read_table(io.BytesIO(self.store.read(shard.key, shard.sha256)), columns=["image_id"])
         distinct = pc.count_distinct(ledger["image_id"]).as_py()
         if not ledger.num_rows == distinct == manifest.num_rows == shard.images:
             raise RunError(
@@ -183,7 +187,7 @@ class Ledger:
             "path": f"{name}/scan_date={self.scan_date}/{self.run_id}-shard-{shard.index:05d}.parquet",
             "rows": table.num_rows,
             "bytes": len(body),
-            "sha256": hashlib.sha256(body).hexdigest(),
+            "sha256": digest(body),
         }
 
     def _publish(self, files: list[dict[str, Any]]) -> None:

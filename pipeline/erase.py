@@ -6,7 +6,6 @@ rewritten and by how many rows, and not which object it was about.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import uuid
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from pipeline.plan import parse_plan
 from pipeline.report import write_report
 from pipeline.sink import table_bytes
 from pipeline.source import manifest_bytes
-from pipeline.store import Store
+from pipeline.store import Store, digest
 
 Listed = tuple[str, pa.Table, pa.Table]
 """A manifest file that lists the subject: its key, its rows, and those that stay."""
@@ -96,7 +95,7 @@ def _erase_from_run(
             if not dry_run:
                 store.write(file["path"], body)
         # Also of a file that an erasure rewrote which got no further.
-        file |= {"rows": kept.num_rows, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+        file |= {"rows": kept.num_rows, "bytes": len(body), "sha256": digest(body)}
     rewritten += [Rewritten(path=path, rows=0) for path in _derived(run)]
     rewritten += [Rewritten(path=key, rows=rows.num_rows - kept.num_rows) for key, rows, kept in manifests]
     if not dry_run:

@@ -46,6 +46,7 @@ class WindowRef(TypedDict):
     shard: int
     window: int
     key: str
+    sha256: str
     first_row: int
     rows: int
 
@@ -79,7 +80,7 @@ class Fetcher:
 
     def _read_window(self, ref: WindowRef) -> Window:
         assert self.output is not None
-        rows = _read_rows(_open_manifest(self.output, ref["key"]), ref["first_row"], ref["rows"])
+        rows = _read_rows(_open_manifest(self.output, ref["key"], ref["sha256"]), ref["first_row"], ref["rows"])
         images = [
             Image(**{name: row[name] for name in ("image_id", "uri", "size_bytes", "etag", "modified_at")})
             for row in rows
@@ -240,8 +241,8 @@ def _read_file(location: Location, etag: str | None) -> bytes:
 
 
 @lru_cache(maxsize=2)
-def _open_manifest(output: Store, key: str) -> pq.ParquetFile:
-    return pq.ParquetFile(io.BytesIO(output.read(key)))
+def _open_manifest(output: Store, key: str, sha256: str) -> pq.ParquetFile:
+    return pq.ParquetFile(io.BytesIO(output.read(key, sha256)))
 
 
 def _read_rows(manifest: pq.ParquetFile, first: int, count: int) -> list[dict]:

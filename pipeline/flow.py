@@ -115,13 +115,16 @@ def read_pictures(uris: list[str], side: int, endpoint_url: str | None, pool: Po
 
 def window_refs(store: Store, shards: list[Shard]) -> pa.Table:
     """Where each window of these shards stands in the manifest: a few bytes a window."""
-    columns: dict[str, list] = {name: [] for name in ("shard", "window", "key", "first_row", "rows")}
+    columns: dict[str, list] = {name: [] for name in ("shard", "window", "key", "sha256", "first_row", "rows")}
     for shard in shards:
-        windows = pq.read_table(io.BytesIO(store.read(shard.key)), columns=["window"])["window"].to_numpy()
+        windows = pq.read_table(io.BytesIO(store.read(shard.key, shard.sha256)), columns=["window"])[
+            "window"
+        ].to_numpy()
         values, first, counts = np.unique(windows, return_index=True, return_counts=True)
         columns["shard"] += [shard.index] * len(values)
         columns["window"] += values.tolist()
         columns["key"] += [shard.key] * len(values)
+        columns["sha256"] += [shard.sha256] * len(values)
         columns["first_row"] += first.tolist()
         columns["rows"] += counts.tolist()
     return pa.table(columns)

@@ -101,7 +101,7 @@ def _check_room(folder: Path, least: int, what: str, remedy: str) -> None:
 
 def check_readable(store: Store, shard: Shard, limits: Preparation, endpoint_url: str | None) -> None:
     """Fetches a few listed images: who may list a bucket may not always read it. Raises UsageError."""
-    manifest = pq.ParquetFile(io.BytesIO(store.read(shard.key)))
+    manifest = pq.ParquetFile(io.BytesIO(store.read(shard.key, shard.sha256)))
     rows = manifest.read_row_group(0, columns=["image_id", "uri", "size_bytes", "etag"]).slice(0, SAMPLED_IMAGES)
     images = [Image(**row) for row in rows.to_pylist()]
     fetcher = Fetcher(None, endpoint_url, limits.model_copy(update={"fetch_seconds": 4 * PATIENCE}))

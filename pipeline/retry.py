@@ -36,7 +36,7 @@ def list_failed(store: Store, record: dict[str, Any], endpoint_url: str | None) 
     for file in record["files"]:
         if not file["path"].startswith("errors/") or not file["rows"]:
             continue
-        table = pq.read_table(io.BytesIO(store.read(file["path"])))
+        table = pq.read_table(io.BytesIO(store.read(file["path"], file["sha256"])))
         columns = ["source_uri", "size_bytes", "etag", "error_code"]
         for row in table.filter(pc.field("error_code").isin(MAY_PASS)).select(columns).to_pylist():
             listed = {"uri": row["source_uri"], "size_bytes": row["size_bytes"], "etag": row["etag"]}

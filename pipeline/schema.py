@@ -93,7 +93,10 @@ RECEIPT = pa.schema(
         ("shard", pa.int32()),
         ("windows", pa.list_(pa.int64())),
         ("attempt", pa.string()),
-        ("tables", pa.list_(pa.string())),  # of which the attempt has a file
+        (
+            "files",
+            pa.list_(pa.struct([("table", pa.string()), ("sha256", pa.string())])),
+        ),  # none for a table without rows
         ("outcomes", pa.list_(pa.struct([("outcome", pa.string()), ("images", pa.int64())]))),
         ("work", pa.list_(WORK)),
     ]

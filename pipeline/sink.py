@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline import schema
 from pipeline.plan import Plan, StageSpec
-from pipeline.store import Store
+from pipeline.store import Store, digest
 from pipeline.window import OUTCOMES, GroupTest, Image, Window
 
 DEFAULT_ACTION = "review"
@@ -55,15 +55,17 @@ class Sink:
         attempt = f"{self.prefix}/shard-{shard:05d}/{windows[0].window:08d}-{uuid.uuid4().hex}"
         now = datetime.now(UTC)
         tables = {name: rows for name, rows in self.rows.of_windows(windows, now).items() if rows}
+        files = []
         for name, rows in tables.items():
-            table = pa.Table.from_pylist(rows, schema.TABLES[name])
-            self.store.write(f"{attempt}/{name}.parquet", table_bytes(table))
+            body = table_bytes(pa.Table.from_pylist(rows, schema.TABLES[name]))
+            self.store.write(f"{attempt}/{name}.parquet", body)
+            files.append({"table": name, "sha256": digest(body)})
         outcomes = [image.outcome for window in windows for image in window.images]
         return {
             "shard": shard,
             "windows": [window.window for window in windows],
             "attempt": attempt,
-            "tables": list(tables),
+            "files": files,
             "outcomes": [{"outcome": kind, "images": outcomes.count(kind)} for kind in OUTCOMES],
             "work": [
                 {name: getattr(work, name) for name in schema.WORK.names} for window in windows for work in window.work

@@ -28,7 +28,7 @@ from pipeline.errors import UsageError
 from pipeline.plan import WindowSpec
 from pipeline.schema import MANIFEST
 from pipeline.storage import Location, list_side_by_side, parse_uri, read_object
-from pipeline.store import Store
+from pipeline.store import Store, digest
 
 LISTED = pa.schema(
     [MANIFEST.field(name) for name in ("uri", "size_bytes", "etag", "modified_at", "image_id")]
@@ -49,6 +49,8 @@ class Shard:
     images: int
     windows: int
     key: str
+    sha256: str
+    """Of the manifest file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +246,9 @@ class _ShardWriter:
     def _flush(self) -> None:
         index = len(self.shards)
         key = f"{self.prefix}/shard-{index:05d}.parquet"
-        self.store.write(key, manifest_bytes(pa.Table.from_pylist(self.rows, MANIFEST)))
+        body = manifest_bytes(pa.Table.from_pylist(self.rows, MANIFEST))
+        self.store.write(key, body)
         windows = self.rows[-1]["window"] - self.rows[0]["window"] + 1
-        self.shards.append(Shard(index=index, images=len(self.rows), windows=windows, key=key))
+        shard = Shard(index=index, images=len(self.rows), windows=windows, key=key, sha256=digest(body))
+        self.shards.append(shard)
         self.rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,11 @@ from pipeline.errors import UsageError
 from pipeline.storage import open_bucket, parse_uri, patiently, reason
 
 T = TypeVar("T")
+
+
+def digest(body: bytes) -> str:
+    """SHA-256, as files are named by in receipts, markers and records."""
+    return hashlib.sha256(body).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,16 @@ class Store:
     def uri_of(self, key: str) -> str:
         return f"{self.uri}/{key}"
 
-    def read(self, key: str) -> bytes:
-        """Raises FileNotFoundError."""
-        return self._patiently(lambda: bytes(obstore.get(self._client, key).bytes()))
+    def read(self, key: str, sha256: str | None = None) -> bytes:
+        """Raises FileNotFoundError. Bytes of another digest than is expected are read again, and raise OSError."""
+
+        def get() -> bytes:
+            body = bytes(obstore.get(self._client, key).bytes())
+            if sha256 is not None and digest(body) != sha256:
+                raise OSError(f"{self.uri_of(key)}: what came is not what was written")
+            return body
+
+        return self._patiently(get)
 
     def write(self, key: str, body: bytes) -> str:
         """Writes or replaces, whole or not at all; returns the object's uri."""

@@ -1,0 +1,135 @@
+"""A reverse proxy before an S3 server that breaks a share of the requests, in the ways stores and networks do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Literal
+from urllib.parse import unquote
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
+
+Fault = Literal["503", "500", "403", "404", "reset", "short", "stall", "flip"]
+FAULTS: tuple[Fault, ...] = ("503", "500", "403", "404", "reset", "short", "stall", "flip")
+STATUS_BODIES = {"503": "SlowDown", "500": "InternalError", "403": "AccessDenied", "404": "NoSuchKey"}
+
+
+@dataclass
+class Faults:
+    """Which requests break, and how often they did."""
+
+    share: dict[Fault, float] = field(default_factory=dict)
+    """Of the requests that ``matches`` picks, by kind of fault."""
+    matches: Callable[[str, str], bool] = lambda method, key: method == "GET"
+    """Of (method, key within the bucket)."""
+    stall_seconds: float = 30.0
+    seed: int = 0
+    hits: Counter[str] = field(default_factory=Counter)
+    by_key: dict[str, list[Fault]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
+    def draw(self, method: str, key: str) -> Fault | None:
+        if not self.matches(method, key):
+            return None
+        point = self.random.random()
+        for fault, share in self.share.items():
+            point -= share
+            if point < 0:
+                self.hits[fault] += 1
+                self.by_key.setdefault(key, []).append(fault)
+                return fault
+        self.hits["passed"] += 1
+        return None
+
+
+@contextmanager
+def fault_proxy(upstream: str, faults: Faults) -> Iterator[str]:
+    """The proxy's endpoint url. Raw path and Host go through as they are, so signatures stay valid."""
+    loop = asyncio.new_event_loop()
+    ready: threading.Event = threading.Event()
+    address: list[str] = []
+    stop = asyncio.Event()
+
+    async def serve() -> None:
+        timeout = aiohttp.ClientTimeout(total=None)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
+
+            async def handle(request: web.Request) -> web.StreamResponse:
+                return await _answer(request, session, upstream, faults)
+
+            app = web.Application(client_max_size=1 << 30)
+            app.router.add_route("*", "/{path:.*}", handle)
+            runner = web.AppRunner(app, access_log=None)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.5)
+            await site.start()
+            address.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
+            ready.set()
+            await stop.wait()
+            await runner.cleanup()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield address[0]
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+
+
+async def _answer(
+    request: web.Request, session: aiohttp.ClientSession, upstream: str, faults: Faults
+) -> web.StreamResponse:
+    body = await request.read()
+    key = unquote(request.raw_path.partition("?")[0]).lstrip("/").partition("/")[2]
+    fault = faults.draw(request.method, key)
+    if fault in STATUS_BODIES:
+        text = f"<Error><Code>{STATUS_BODIES[fault]}</Code><Message>injected</Message></Error>"
+        return web.Response(status=int(fault), text=text, content_type="application/xml")
+    if fault == "reset":
+        return _hang_up(request)
+    url = URL(upstream + request.raw_path, encoded=True)
+    headers = {name: value for name, value in request.headers.items() if name.lower() != "transfer-encoding"}
+    async with session.request(request.method, url, headers=headers, data=body or None) as answer:
+        payload = await answer.read()
+        kept = {name: value for name, value in answer.headers.items() if name.lower() not in ("connection", "date")}
+        if request.method == "HEAD":
+            return web.Response(status=answer.status, headers=kept)
+        kept.pop("Transfer-Encoding", None)
+        kept["Content-Length"] = str(len(payload))
+        if fault == "flip" and payload:
+            position = faults.random.randrange(len(payload))
+            payload = payload[:position] + bytes([payload[position] ^ 0x40]) + payload[position + 1 :]
+        response = web.StreamResponse(status=answer.status, headers=kept)
+        await response.prepare(request)
+        if fault in ("short", "stall") and payload:
+            await response.write(payload[: len(payload) // 2])
+            if fault == "stall":
+                await asyncio.sleep(faults.stall_seconds)
+            return _hang_up(request, response)
+        await response.write(payload)
+        with suppress(ConnectionError):
+            await response.write_eof()
+        return response
+
+
+def _hang_up(request: web.Request, response: web.StreamResponse | None = None) -> web.StreamResponse:
+    if request.transport is not None:
+        request.transport.abort()
+    return response or web.Response()
+
+
+def describe(faults: Faults) -> str:
+    return json.dumps(dict(sorted(faults.hits.items())))

@@ -29,6 +29,8 @@ from pipeline.window import Image, Window, Work
 START_SECONDS = 60
 RECYCLED_AFTER = 2000
 """Files that one child decodes before a fresh one takes its place: a leak in a library stays small."""
+CRASHES = 2
+"""Children that must die on a file before the file is to blame."""
 PATIENCE = 4
 """Files of one window that may use up their whole deadline; after them the others get a second each."""
 MAX_ANSWER_BYTES = 65_536
@@ -43,7 +45,6 @@ class Decoder:
         self.limits = limits
         self.child: _Child | None = None
         self.timeouts = 0
-        self.decoded = 0
 
     def __call__(self, windows: list[Window]) -> list[Window]:
         for window in windows:
@@ -66,22 +67,14 @@ class Decoder:
     def _decode(self, image: Image) -> np.ndarray | None:
         """Pixels (side, side, 3), or None when the image has become an error."""
         assert image.payload is not None
-        if self.decoded >= RECYCLED_AFTER and self.child is not None:
-            self._replace_child()
-        if self.child is None:
-            self.child = _Child(self.side, self.limits)
-            self.decoded = 0
-        self.decoded += 1
         try:
-            answer, pixels = self.child.decode(image.payload, self._deadline())
+            answer, pixels = self._ask(image.payload)
         except TimeoutError:
             image.fail("decode_timeout", f"not decoded within {self._deadline():g} s")
             self.timeouts += 1
-            self._replace_child()
             return None
-        except (EOFError, OSError, ValueError):
-            status = self._replace_child()
-            image.fail("decode_crash", f"the decoder died with status {status}")
+        except _Crash as crash:
+            image.fail("decode_crash", str(crash))
             return None
         if pixels is None:
             code, detail = answer
@@ -90,12 +83,33 @@ class Decoder:
         image.format, image.width, image.height = answer
         return pixels
 
+    def _ask(self, payload: bytes) -> tuple[list, np.ndarray | None]:
+        """A child's answer. One that dies may have been killed by somebody else: the file is tried once more."""
+        status = None
+        for _ in range(CRASHES):
+            child = self._fresh_enough()
+            try:
+                return child.decode(payload, self._deadline())
+            except TimeoutError:
+                self._drop_child()
+                raise
+            except (EOFError, OSError, ValueError):
+                status = self._drop_child()
+        raise _Crash(f"{CRASHES} decoders died on it, the last with status {status}")
+
+    def _fresh_enough(self) -> _Child:
+        if self.child is not None and self.child.files >= RECYCLED_AFTER:
+            self._drop_child()
+        if self.child is None:
+            self.child = _Child(self.side, self.limits)
+        return self.child
+
     def _deadline(self) -> float:
         """Seconds for the next picture. A window full of files that hang must not look like a stalled run."""
         seconds = self.limits.decode_seconds
         return seconds if self.timeouts < PATIENCE else min(seconds, 1.0)
 
-    def _replace_child(self) -> int | None:
+    def _drop_child(self) -> int | None:
         assert self.child is not None
         status = self.child.kill()
         self.child = None
@@ -104,6 +118,10 @@ class Decoder:
     def __del__(self) -> None:
         if self.child is not None:
             self.child.kill()
+
+
+class _Crash(Exception):
+    """The file kills its decoder."""
 
 
 class _Child:
@@ -133,6 +151,7 @@ class _Child:
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", START_SECONDS, 0))
         self.connection = Connection(ours.detach())
         self.fresh = True
+        self.files = 0
 
     def decode(self, payload: bytes, seconds: float) -> tuple[list, np.ndarray | None]:
         """The child's answer, and the pixels when there are some.
@@ -140,6 +159,7 @@ class _Child:
         Raises TimeoutError when it takes too long, EOFError or OSError when it has died, ValueError
         when its answer is none.
         """
+        self.files += 1
         request = [self.side, self.limits.max_megapixels * 1_000_000, self.limits.max_frames]
         self.connection.send_bytes(json.dumps(request).encode())
         self.connection.send_bytes(payload)

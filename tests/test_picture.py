@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from pipeline import decode
 from pipeline.decode import PATIENCE, Decoder
 from pipeline.picture import PictureError, decode_picture
 from pipeline.plan import Preparation
@@ -156,12 +157,44 @@ def test_a_decoder_that_hangs_costs_one_error_row(monkeypatch):
     assert decoder.child.process.pid != first
 
 
-def test_a_decoder_that_dies_costs_one_error_row():
+class Rigged(decode._Child):
+    """A child that breaks on the payload POISON, as ``breaks`` says."""
+
+    breaks = staticmethod(lambda child: child.process.kill())
+
+    def decode(self, payload: bytes, seconds: float) -> tuple[list, np.ndarray | None]:
+        if payload == POISON:
+            self.breaks(self)
+        return super().decode(payload, seconds)
+
+
+POISON = b"poison"
+
+
+def test_a_file_that_kills_its_decoders_costs_one_error_row(monkeypatch):
+    monkeypatch.setattr(decode, "_Child", Rigged)
+    decoder = Decoder("decode:s", 32, Preparation())
+    (result,) = decoder([window(GOOD["jpeg"][0], POISON, GOOD["png"][0])])
+    assert [image.error_code for image in result.images] == [None, "decode_crash", None]
+    assert result.images[1].error_detail == "2 decoders died on it, the last with status -9"
+
+
+def test_a_decoder_that_somebody_kills_costs_nothing():
     decoder = Decoder("decode:s", 32, Preparation())
     decoder([window(GOOD["jpeg"][0])])
     decoder.child.process.kill()
     (result,) = decoder([window(GOOD["jpeg"][0], GOOD["png"][0])])
-    assert [image.error_code for image in result.images] == ["decode_crash", None]
+    assert [image.error_code for image in result.images] == [None, None]
+
+
+def test_decoders_are_recycled(monkeypatch):
+    monkeypatch.setattr(decode, "RECYCLED_AFTER", 3)
+    decoder = Decoder("decode:s", 32, Preparation())
+    pids = []
+    for _ in range(7):
+        decoder([window(GOOD["jpeg"][0])])
+        pids.append(decoder.child.process.pid)
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 1]
 
 
 def test_a_picture_that_wants_more_memory_than_allowed_is_an_error():
@@ -199,11 +232,14 @@ def test_a_window_of_files_that_hang_does_not_take_for_ever():
 @pytest.mark.parametrize(
     "answer", [b"no json", b"{}", b'["JPEG", "a", "b"]', b'["new code", "x"]', b"[" + b"1," * 40_000 + b"1]"]
 )
-def test_a_child_that_answers_nonsense_costs_one_error_row(answer):
+def test_a_child_that_answers_nonsense_costs_one_error_row(monkeypatch, answer):
+    def talk(child: decode._Child) -> None:
+        ours, theirs = socket.socketpair()
+        child.connection = Connection(ours.detach())
+        Connection(theirs.detach()).send_bytes(answer)
+
+    monkeypatch.setattr(Rigged, "breaks", staticmethod(talk))
+    monkeypatch.setattr(decode, "_Child", Rigged)
     decoder = Decoder("decode:s", 32, Preparation())
-    decoder([window(GOOD["jpeg"][0])])
-    ours, theirs = socket.socketpair()
-    decoder.child.connection = Connection(ours.detach())
-    Connection(theirs.detach()).send_bytes(answer)
-    (result,) = decoder([window(GOOD["jpeg"][0], GOOD["png"][0])])
+    (result,) = decoder([window(POISON, GOOD["png"][0])])
     assert [image.error_code for image in result.images] == ["decode_crash", None]

@@ -18,7 +18,7 @@ from typing import TypedDict
 
 import obstore
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError, ClientError, ReadTimeoutError
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, ReadTimeoutError
 from botocore.exceptions import ConnectTimeoutError as BotoConnectTimeoutError
 from obstore.exceptions import BaseError, NotFoundError
 from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
@@ -218,6 +218,8 @@ def _passing(error: Exception) -> FetchError:
     text = reason(error)
     if isinstance(error, (ReadTimeoutError, BotoConnectTimeoutError)):
         return FetchError("fetch_timeout", text, may_pass=True)
+    if isinstance(error, FlexibleChecksumError):
+        return FetchError("fetch_corrupt", text, may_pass=True)
     throttled = THROTTLED.search(text)
     return FetchError("fetch_throttled" if throttled else "fetch_failed", text, may_pass=True)
 

@@ -1,0 +1,252 @@
+"""Stores and networks that break: fetch alone, and whole scans with a fault proxy before their store."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import fetch as module
+from pipeline.fetch import Fetcher
+from pipeline.plan import Preparation
+from pipeline.scan import ScanConfig, run_scan
+from pipeline.storage import s3_client
+from pipeline.store import Store
+from pipeline.window import Image, Window
+from tests.conftest import QUICK, small_plan
+from tests.faults import PASSING, Faults, fault_proxy
+
+FAST = Preparation(fetch_seconds=3)
+BUCKET = "faulty"
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_endpoint: str) -> str:
+    s3_client(s3_endpoint).create_bucket(Bucket=BUCKET)
+    return s3_endpoint
+
+
+def put(endpoint: str, key: str, body: bytes, **options: str) -> Image:
+    """Uploads an object and lists it."""
+    answer = s3_client(endpoint).put_object(Bucket=BUCKET, Key=key, Body=body, **options)
+    uri = f"s3://{BUCKET}/{key}"
+    return Image(image_id=uri, uri=uri, size_bytes=len(body), etag=answer["ETag"].strip('"'))
+
+
+def fetch(endpoint: str, *images: Image, limits: Preparation = FAST) -> list[Image]:
+    window = Window(shard=0, window=0, first_ordinal=0, images=list(images))
+    return Fetcher(None, endpoint, limits).fetch(window).images
+
+
+@pytest.mark.parametrize("key", ["plain.jpg", "by//boto3.jpg"])
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_that_passes_costs_nothing(bucket, fault, key):
+    image = put(bucket, f"{fault}/{key}", b"the whole picture" * 50)
+    faults = Faults(share={fault: 1.0}, stall_seconds=3)
+    faults.matches = lambda method, _: method == "GET" and not faults.hits[fault]
+    with fault_proxy(bucket, faults) as url:
+        (fetched,) = fetch(url, image)
+    assert faults.hits[fault] == 1
+    assert (fetched.outcome, fetched.payload) == (None, b"the whole picture" * 50)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("503", "fetch_throttled"),
+        ("500", "fetch_failed"),
+        ("reset", "fetch_failed"),
+        ("short", "fetch_failed"),
+        ("stall", "fetch_timeout"),
+        ("flip", "fetch_corrupt"),
+        ("403", "fetch_denied"),
+        ("404", "fetch_not_found"),
+    ],
+)
+@pytest.mark.parametrize("key", ["plain.jpg", "by//boto3.jpg"])
+def test_a_fault_that_stays_is_an_error_with_its_code_before_the_deadline(bucket, fault, code, key):
+    image = put(bucket, f"always/{fault}/{key}", os.urandom(600))
+    faults = Faults(share={fault: 1.0}, stall_seconds=3)
+    began = time.monotonic()
+    with fault_proxy(bucket, faults) as url:
+        (fetched,) = fetch(url, image)
+    assert (fetched.outcome, fetched.error_code) == ("error", code)
+    assert time.monotonic() - began < FAST.fetch_seconds + 3
+    tried_again = code not in ("fetch_denied", "fetch_not_found")
+    assert (faults.hits[fault] > 1) == tried_again
+
+
+def test_pauses_between_tries_differ(bucket):
+    images = [put(bucket, f"pauses/{number}", b"x") for number in range(12)]
+    moments: dict[str, list[float]] = {}
+
+    def note(method: str, key: str) -> bool:
+        moments.setdefault(key, []).append(time.monotonic())
+        return True
+
+    with fault_proxy(bucket, Faults(share={"503": 1.0}, matches=note)) as url:
+        fetch(url, *images)
+    pauses = [second - first for first, second, *_ in moments.values()]
+    assert len(pauses) == 12 and max(pauses) - min(pauses) > 0.05
+
+
+def test_an_object_replaced_after_listing_is_not_judged_under_its_old_name(bucket):
+    image = put(bucket, "replaced", b"one")
+    put(bucket, "replaced", b"two")
+    (fetched,) = fetch(bucket, image)
+    assert fetched.error_code == "fetch_changed" and fetched.payload is None
+
+
+def test_etags_under_a_kms_key_are_no_digests(bucket):
+    body = b"encrypted at rest"
+    image = put(bucket, "kms", body, ServerSideEncryption="aws:kms", SSEKMSKeyId="key")
+    # moto's etag is an MD5 all the same; that of AWS is not.
+    image.etag = None
+    faults = Faults()
+    fetcher = Fetcher(None, bucket, FAST)
+    agrees = module._agrees
+    module._agrees = lambda payload, etag: False
+    try:
+        fetcher.fetch(Window(shard=0, window=0, first_ordinal=0, images=[image]))
+    finally:
+        module._agrees = agrees
+    assert image.payload == body and fetcher.encrypted == {BUCKET} and not faults.hits
+
+
+def test_an_object_in_parts_is_checked_by_its_checksum(bucket):
+    client = s3_client(bucket)
+    body = b"part of it" * 100
+    upload = client.create_multipart_upload(Bucket=BUCKET, Key="parts", ChecksumAlgorithm="CRC32")["UploadId"]
+    part = client.upload_part(
+        Bucket=BUCKET, Key="parts", UploadId=upload, PartNumber=1, Body=body, ChecksumAlgorithm="CRC32"
+    )
+    parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"], "ChecksumCRC32": part["ChecksumCRC32"]}]}
+    etag = client.complete_multipart_upload(Bucket=BUCKET, Key="parts", UploadId=upload, MultipartUpload=parts)["ETag"]
+    image = Image(image_id="parts", uri=f"s3://{BUCKET}/parts", size_bytes=len(body), etag=etag.strip('"'))
+    assert "-" in etag
+    (fetched,) = fetch(bucket, image)
+    assert fetched.payload == body
+
+
+def test_a_key_with_a_newline_is_fetched_and_is_no_other_key(bucket):
+    put(bucket, "stands-for-newline.jpg", b"the newline one")
+    put(bucket, "line", b"another")
+    key = "a\nb/line"
+    faults = Faults(renamed={f"/{BUCKET}/a%0Ab/line": f"/{BUCKET}/stands-for-newline.jpg"})
+    with fault_proxy(bucket, faults) as url:
+        (fetched,) = fetch(url, Image(image_id="n", uri=f"s3://{BUCKET}/{key}"))
+    assert fetched.payload == b"the newline one"
+
+
+def test_a_key_of_1024_bytes_is_fetched(bucket):
+    key = "ü" * 510 + ".jpg"
+    assert len(key.encode()) == 1024
+    (fetched,) = fetch(bucket, put(bucket, key, b"long"))
+    assert fetched.payload == b"long"
+
+
+def test_a_store_that_hangs_does_not_hold_a_window_for_ever(bucket, monkeypatch):
+    monkeypatch.setattr(module, "HASTE_SECONDS", 0.3)
+    images = [put(bucket, f"hang/{number}", b"x") for number in range(24)]
+    began = time.monotonic()
+    with fault_proxy(bucket, Faults(share={"stall": 1.0}, stall_seconds=4)) as url:
+        fetched = fetch(url, *images, limits=Preparation(fetch_seconds=3, fetch_concurrency=4))
+    assert {image.error_code for image in fetched} == {"fetch_timeout"}
+    # One round of four for 3 s, five more for 0.3 s.
+    assert time.monotonic() - began < 3 + 5 * 0.3 + 4
+
+
+def upload(folder: Path, endpoint: str, bucket: str) -> None:
+    client = s3_client(endpoint)
+    client.create_bucket(Bucket=bucket)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in (".parquet", ""):
+            client.upload_file(str(path), bucket, f"all/{path.relative_to(folder)}")
+
+
+class Weather:
+    """A corpus in S3, and what an undisturbed scan says of it. ``plan``: changes to the quick plan."""
+
+    def __init__(self, endpoint: str, bucket: str, folder: Path, name: str = "calm", **plan: object) -> None:
+        self.endpoint, self.bucket = endpoint, bucket
+        preparation = QUICK["preparation"] | {"fetch_seconds": 9}
+        self.plan = str(small_plan(folder, QUICK, window={"images": 32}, preparation=preparation, **plan))
+        self.calm = self.scan(endpoint, name)
+
+    def scan(self, endpoint: str, output: str) -> pa.Table:
+        """The ledger, which is read past the faults and compared with the run record."""
+        config = ScanConfig(
+            source=f"s3://{self.bucket}/all/", output=f"s3://{self.bucket}/{output}", endpoint_url=endpoint,
+            plan=self.plan, salt="s", run_id="r", shard_size=64, output_patience=60,
+        )  # fmt: skip
+        record = run_scan(config)
+        store = Store(f"s3://{self.bucket}/{output}", self.endpoint)
+        assert sum(record["counts"][kind] for kind in ("cleared", "flagged", "error")) == record["counts"]["listed"]
+        for file in record["files"]:
+            assert hashlib.sha256(store.read(file["path"])).hexdigest() == file["sha256"]
+        paths = [file["path"] for file in record["files"] if file["path"].startswith("ledger/")]
+        assert sorted(paths) == sorted(store.sizes("ledger"))
+        tables = [pq.read_table(pa.BufferReader(store.read(path))) for path in paths]
+        ledger = pa.concat_tables(tables).sort_by("ordinal")
+        assert ledger["ordinal"].to_pylist() == list(range(320))
+        return ledger
+
+    def scan_through(self, faults: Faults, output: str) -> pa.Table:
+        began = time.monotonic()
+        with fault_proxy(self.endpoint, faults) as url:
+            ledger = self.scan(url, output)
+        broken = sum(faults.hits.values()) - faults.hits["passed"]
+        print(f"{output}: {broken} of {sum(faults.hits.values())} requests broke, {time.monotonic() - began:.1f} s")
+        assert broken > 5 and faults.hits["passed"] > 200
+        return ledger
+
+
+@pytest.fixture(scope="module")
+def weather(ray_session, s3_endpoint, corpus, tmp_path_factory) -> Weather:
+    upload(corpus, s3_endpoint, "weather")
+    return Weather(s3_endpoint, "weather", tmp_path_factory.mktemp("weather"))
+
+
+def any_request(method: str, key: str) -> bool:
+    """Of the scan's own files and the pictures; a listing has no key."""
+    return bool(key)
+
+
+def test_a_scan_in_bad_weather_is_the_scan_of_a_calm_day(weather):
+    faults = Faults(share=dict.fromkeys(PASSING, 0.02), matches=any_request, stall_seconds=4, seed=1)
+    assert weather.scan_through(faults, "bad").equals(weather.calm)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("fault", PASSING)
+def test_each_fault_at_each_share_changes_no_row(weather, fault, share):
+    faults = Faults(share={fault: share}, matches=any_request, stall_seconds=4, seed=2)
+    assert weather.scan_through(faults, f"{fault}-{share}").equals(weather.calm)
+
+
+@pytest.mark.parametrize("share", [0.05, pytest.param(0.2, marks=pytest.mark.slow)])
+def test_what_was_refused_is_an_error_and_nothing_else_changes(
+    ray_session, s3_endpoint, weather, tmp_path_factory, share
+):
+    stages = QUICK["stages"][1:]
+    alone = Weather(s3_endpoint, "weather", tmp_path_factory.mktemp("alone"), f"alone-{share}", stages=stages)
+    faults = Faults(share={"403": share, "404": share}, seed=3)
+    faults.matches = lambda method, key: method == "GET" and key.startswith("all/")
+    ledger = alone.scan_through(faults, f"refused-{share}")
+    codes = {"403": "fetch_denied", "404": "fetch_not_found"}
+    # The last draw counts: preflight has asked for a few before.
+    refused = {f"s3://weather/{key}": codes[kinds[-1]] for key, kinds in faults.by_key.items() if kinds[-1]}
+    assert len(refused) > 10
+    for found, calm in zip(ledger.to_pylist(), alone.calm.to_pylist(), strict=True):
+        code = refused.get(found["source_uri"])
+        if code:
+            assert (found["outcome"], found["error_code"]) == ("error", code)
+        else:
+            assert found == calm

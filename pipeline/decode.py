@@ -85,7 +85,7 @@ class Decoder:
 
     def _ask(self, payload: bytes) -> tuple[list, np.ndarray | None]:
         """A child's answer. One that dies may have been killed by somebody else: the file is tried once more."""
-        status = None
+        last = ""
         for _ in range(CRASHES):
             child = self._fresh_enough()
             try:
@@ -94,8 +94,8 @@ class Decoder:
                 self._drop_child()
                 raise
             except (EOFError, OSError, ValueError):
-                status = self._drop_child()
-        raise _Crash(f"{CRASHES} decoders died on it, the last with status {status}")
+                last = self._drop_child()
+        raise _Crash(f"{CRASHES} decoders died on it, the last with {last}")
 
     def _fresh_enough(self) -> _Child:
         if self.child is not None and self.child.files >= RECYCLED_AFTER:
@@ -109,11 +109,12 @@ class Decoder:
         seconds = self.limits.decode_seconds
         return seconds if self.timeouts < PATIENCE else min(seconds, 1.0)
 
-    def _drop_child(self) -> int | None:
+    def _drop_child(self) -> str:
+        """The child's exit status and last word."""
         assert self.child is not None
-        status = self.child.kill()
+        last = self.child.kill()
         self.child = None
-        return status
+        return last
 
     def __del__(self) -> None:
         if self.child is not None:
@@ -135,11 +136,13 @@ class _Child:
             memory = int(limits.decode_gigabytes * 1e9)
             arguments = [theirs.fileno(), shared.fileno(), size, memory, os.getpid()]
             root = str(Path(pipeline.decode_child.__file__).parents[1])
+            self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed when the child is killed
             # A script with few imports, not multiprocessing's spawn: that would import Ray's worker again.
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.decode_child", *map(str, arguments)],
                 pass_fds=(theirs.fileno(), shared.fileno()),
                 stdin=subprocess.DEVNULL,
+                stderr=self.stderr,
                 env=os.environ
                 | {
                     "OPENBLAS_NUM_THREADS": "1",
@@ -176,7 +179,13 @@ class _Child:
             return answer, None
         return answer, np.frombuffer(self.pixels, np.uint8).reshape(self.side, self.side, 3).copy()
 
-    def kill(self) -> int | None:
+    def kill(self) -> str:
+        """Its exit status and the last line that it wrote."""
         self.process.kill()
         self.connection.close()
-        return self.process.wait()
+        status = self.process.wait()
+        with self.stderr:
+            self.stderr.seek(max(0, self.stderr.tell() - MAX_ANSWER_BYTES))
+            lines = self.stderr.read().decode(errors="replace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"status {status}: {said[:200]}" if said else f"status {status}"

@@ -18,6 +18,8 @@ from multiprocessing.connection import Connection
 from pipeline.picture import PictureError, decode_picture
 
 PR_SET_PDEATHSIG = 1
+# Libraries complain of every broken file: enough for a last word, too little to fill a disk.
+MAX_STDERR_BYTES = 1_000_000
 
 
 def serve(connection: Connection, pixels: mmap.mmap) -> None:
@@ -57,6 +59,8 @@ def main() -> None:
     if os.getppid() != parent:
         return
     pixels = mmap.mmap(pixels_fd, pixels_bytes)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_STDERR_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + memory_bytes,) * 2)
     serve(Connection(connection_fd), pixels)
 

@@ -30,7 +30,7 @@ _ORIENTATION_TAG = 0x0112
 # What Pillow's plugins raise on broken files.
 BROKEN_FILE = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, NotImplementedError,
-    ArithmeticError, struct.error, zlib.error,
+    ArithmeticError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
 

@@ -192,7 +192,7 @@ class Ledger:
 
     def _publish(self, files: list[dict[str, Any]]) -> None:
         for file in files:
-            self.store.copy(file["attempt"], file["path"])
+            self.store.publish(file["attempt"], file["path"])
 
     def _count(self, index: int, marker: dict[str, Any]) -> None:
         self.done.add(index)
@@ -207,11 +207,16 @@ class Ledger:
         for key in sorted(self.store.sizes(f"{state_prefix(self.run_id)}/markers")):
             marker = read_json(self.store, key)
             assert marker is not None
-            missing = [
-                file
-                for file in marker["files"]
-                if published[file["path"].split("/")[0]].get(file["path"]) != file["bytes"]
-            ]
+            missing = []
+            for file in marker["files"]:
+                size = published[file["path"].split("/")[0]].get(file["path"])
+                if size is None:
+                    missing.append(file)
+                elif size != file["bytes"]:
+                    raise RunError(
+                        f"{file['path']} has {size:,} bytes, its marker says {file['bytes']:,}: somebody has changed "
+                        "it; put back what was there, or remove it to have it published again"
+                    )
             self._publish(missing)
             self._count(marker["shard"], marker)
 

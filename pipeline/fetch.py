@@ -140,34 +140,32 @@ class Fetcher:
     async def _try(self, location: Location, image: Image, limit: int, seconds: float) -> bytes:
         try:
             async with asyncio.timeout(seconds):
-                payload = await self._read(location, image.etag, limit)
+                payload = await self._read(location, image, limit)
         except TimeoutError as error:
             raise FetchError("fetch_timeout", f"no whole answer within {seconds:.3g} s", may_pass=True) from error
         if image.size_bytes is not None and len(payload) != image.size_bytes:
-            # A local file is what it is; a store may have broken off.
-            short = f"{len(payload):,} bytes came of {image.size_bytes:,}"
-            raise FetchError("fetch_short", short, may_pass=location.bucket is not None)
+            raise FetchError("fetch_short", f"{len(payload):,} bytes came of {image.size_bytes:,}")
         return payload
 
-    async def _read(self, location: Location, etag: str | None, limit: int) -> bytes:
+    async def _read(self, location: Location, image: Image, limit: int) -> bytes:
         if location.bucket is None:
-            return await asyncio.to_thread(_read_file, location, etag)
+            return await asyncio.to_thread(_read_file, location, image.etag)
         # Of an object that came in parts the etag is no digest of its bytes, but boto3 checks the store's checksum.
-        if not is_plain_key(location.key) or (etag and "-" in etag):
-            return await asyncio.to_thread(self._get_by_boto3, location, etag, limit)
-        payload, found = await self._get(location, etag, limit)
+        if not is_plain_key(location.key) or "-" in (image.etag or ""):
+            return await asyncio.to_thread(self._get_by_boto3, location, image, limit)
+        payload, found = await self._get(location, image, limit)
         if location.bucket in self.encrypted or _agrees(payload, found):
             return payload
-        return await asyncio.to_thread(self._get_by_boto3, location, etag, limit)
+        return await asyncio.to_thread(self._get_by_boto3, location, image, limit)
 
-    async def _get(self, location: Location, etag: str | None, limit: int) -> tuple[bytes, str | None]:
+    async def _get(self, location: Location, image: Image, limit: int) -> tuple[bytes, str | None]:
         """The object's bytes and the etag that came with them."""
         assert location.bucket is not None
         store = open_bucket(location.bucket, None, self.endpoint_url)
         try:
             response = await obstore.get_async(store, location.key)
             found = response.meta["e_tag"]
-            _check_object(found, response.meta["size"], etag, limit)
+            _check_object(found, response.meta["size"], image, limit)
             return bytes(await response.bytes_async()), found
         except (FileNotFoundError, NotFoundError) as error:
             raise FetchError("fetch_not_found", "gone since it was listed") from error
@@ -176,13 +174,13 @@ class Fetcher:
         except (BaseError, OSError) as error:
             raise _passing(error) from error
 
-    def _get_by_boto3(self, location: Location, etag: str | None, limit: int) -> bytes:
+    def _get_by_boto3(self, location: Location, image: Image, limit: int) -> bytes:
         """One request. boto3 compares the bytes with the checksum that the store keeps, where it keeps one."""
         assert location.bucket is not None
         client = s3_client(self.endpoint_url, attempts=1)
         try:
             response = client.get_object(Bucket=location.bucket, Key=location.key)
-            _check_object(response["ETag"], response["ContentLength"], etag, limit)
+            _check_object(response["ETag"], response["ContentLength"], image, limit)
             payload = response["Body"].read()
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
@@ -199,10 +197,12 @@ class Fetcher:
         return payload
 
 
-def _check_object(found_etag: str | None, size: int, listed_etag: str | None, limit: int) -> None:
+def _check_object(etag: str | None, size: int, image: Image, limit: int) -> None:
     """The object must still be the one that was listed: its verdict will be stored under that id."""
-    if listed_etag and found_etag and found_etag.strip('"') != listed_etag:
-        raise FetchError("fetch_changed", f"etag was {listed_etag} when listed, now it is {found_etag}")
+    if image.etag and etag and etag.strip('"') != image.etag:
+        raise FetchError("fetch_changed", f"etag was {image.etag} when listed, now it is {etag}")
+    if image.size_bytes not in (None, size):
+        raise FetchError("fetch_short", f"{image.size_bytes:,} bytes were listed, the object has {size:,}")
     if size > limit:
         raise FetchError("too_large", f"{size:,} bytes are over the limit of {limit:,}")
 

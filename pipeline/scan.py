@@ -315,7 +315,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         error = error.cause
     if isinstance(error, (RunError, UsageError)):
-        return str(error)
+        return str(error).splitlines()[0]  # Ray adds advice of its own
     if isinstance(error, (BaseError, ClientError, BotoCoreError)):
         return f"storage: {reason(error)}"
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -92,9 +93,15 @@ class Store:
             return False
         return True
 
-    def copy(self, source: str, target: str) -> None:
-        """Raises FileNotFoundError."""
-        self._patiently(lambda: obstore.copy(self._client, source, target))
+    def publish(self, source: str, target: str) -> None:
+        """Copies what will never change to the name that readers know. Raises FileNotFoundError.
+
+        In a folder it appears as a link: whole, and without a half-written neighbour that a reader of the folder
+        would take for a file. To replace a link by itself would leave such a neighbour (rename does nothing then).
+        """
+        local = isinstance(self._client, LocalStore)
+        with suppress(AlreadyExistsError):
+            self._patiently(lambda: obstore.copy(self._client, source, target, overwrite=not local))
 
     def delete(self, keys: list[str]) -> None:
         if keys:

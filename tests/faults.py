@@ -33,6 +33,8 @@ class Faults:
     """Of (method, key within the bucket)."""
     stall_seconds: float = 30.0
     seed: int = 0
+    forgets_conditions: bool = False
+    """Whether a PUT loses its If-None-Match on the way, as in a store that does not know it."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Raw paths that the server has under another one."""
     hits: Counter[str] = field(default_factory=Counter)
@@ -105,7 +107,8 @@ async def _answer(
     # What a test finds in the server under another name: moto refuses some legal keys.
     path = faults.renamed.get(request.raw_path.partition("?")[0], request.raw_path)
     url = URL(upstream + path, encoded=True)
-    headers = {name: value for name, value in request.headers.items() if name.lower() != "transfer-encoding"}
+    dropped = ["transfer-encoding", *(["if-none-match"] if faults.forgets_conditions else [])]
+    headers = {name: value for name, value in request.headers.items() if name.lower() not in dropped}
     async with session.request(request.method, url, headers=headers, data=body or None) as answer:
         payload = await answer.read()
         if fault == "lost":

@@ -156,8 +156,8 @@ def test_a_marker_decides_between_two_drivers_and_the_current_one_goes_on(run, m
 
 def test_a_put_that_went_through_unheard_is_not_a_rival(run, monkeypatch):
     ledger = run.ledger()
-    create = run.store.create
-    monkeypatch.setattr(ledger.store, "create", lambda key, body: create(key, body) and create(key, body))
+    create = Store.create
+    monkeypatch.setattr(Store, "create", lambda self, key, body: create(self, key, body) and create(self, key, body))
     assert ledger.add(run.receipts(run.windows())[0]).index == 0
 
 
@@ -240,3 +240,115 @@ def test_counts_merge_in_any_order(tallies, random):
     halves = [total(tallies[:2]), total(tallies[2:])]
     assert total(halves) == total(tallies)
     assert Tally.from_json(json.loads(json.dumps(total(tallies).to_json()))) == total(tallies)
+
+
+def same_rows(ledger: Ledger, run: Run) -> tuple:
+    """What a run has published, whoever wrote it and when."""
+    flagged = run.table("flagged").drop_columns(["scanned_at"]).sort_by("image_id")
+    return run.table("ledger").sort_by("ordinal").to_pylist(), flagged.to_pylist(), ledger.tally
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_however_windows_arrive_the_tables_are_the_same(tmp_path_factory, data):
+    straight, shuffled = Run(tmp_path_factory.mktemp("a")), Run(tmp_path_factory.mktemp("b"))
+    expected = straight.ledger()
+    for receipt in straight.receipts(straight.windows()):
+        expected.add(receipt)
+
+    # Calls of some windows of any shard, in any order, some of them made twice.
+    windows = data.draw(st.permutations(shuffled.windows()))
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(windows) - 1))))
+    calls = [windows[start:end] for start, end in zip([0, *cuts], [*cuts, len(windows)], strict=True)]
+    receipts = [receipt for call in calls for receipt in shuffled.receipts(call)]
+    again = data.draw(st.lists(st.sampled_from(range(len(calls))), max_size=3))
+    receipts += [receipt for index in again for receipt in shuffled.receipts(calls[index])]
+    ledger = shuffled.ledger()
+    for receipt in data.draw(st.permutations(receipts)):
+        ledger.add(receipt)
+    assert ledger.pending == []
+    assert same_rows(ledger, shuffled) == same_rows(expected, straight)
+
+
+def _lose(images: list[Image], place: int) -> None:
+    del images[place]
+
+
+def _double(images: list[Image], place: int) -> None:
+    images.append(images[place])
+
+
+def _take_anothers_name(images: list[Image], place: int) -> None:
+    images[place].image_id = images[place - 1].image_id
+
+
+def _invent(images: list[Image], place: int) -> None:
+    images[place].image_id = "0" * 32
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    damage=st.sampled_from([_lose, _double, _take_anothers_name, _invent]),
+    window=st.integers(0, 4),
+    place=st.integers(0, 15),
+)
+def test_a_shard_that_does_not_add_up_is_never_marked(tmp_path_factory, damage, window, place):
+    run = Run(tmp_path_factory.mktemp("damaged"))
+    windows = run.windows()
+    damage(windows[window].images, place)
+    ledger = run.ledger()
+    refused = []
+    for receipt in run.receipts(windows):
+        try:
+            ledger.add(receipt)
+        except RunError:
+            refused.append(receipt["shard"])
+    assert refused == [windows[window].shard]
+    assert windows[window].shard not in run.ledger().done
+    assert len(run.store.sizes("_state/r/markers")) == 2
+
+
+@pytest.mark.parametrize("table", ["flagged", "errors"])
+def test_a_verdict_without_its_row_is_never_marked(run, table, monkeypatch):
+    merge = Ledger._merge
+    monkeypatch.setattr(
+        Ledger, "_merge", lambda self, name, receipts: merge(self, name, receipts).slice(int(name == table))
+    )
+    with pytest.raises(RunError, match=f"table {table} holds 1"):
+        run.ledger().add(run.receipts(run.windows())[0])
+    assert not run.store.sizes("_state/r/markers")
+
+
+def test_an_attempt_that_was_changed_on_its_way_is_not_believed(run):
+    ledger = run.ledger()
+    (receipt,) = run.receipts(run.windows()[:2])
+    path = f"{receipt['attempt']}/ledger.parquet"
+    body = bytearray(run.store.read(path))
+    body[len(body) // 2] ^= 1
+    run.store.write(path, bytes(body))
+    with pytest.raises(OSError, match="what came is not what was written"):
+        ledger.add(receipt)
+    assert not run.store.sizes("_state/r/markers")
+
+
+def test_a_table_that_somebody_has_changed_is_not_written_over(run):
+    run.ledger().add(run.receipts(run.windows())[0])
+    (path,) = run.store.sizes("flagged")
+    run.store.write(path, b"edited")
+    with pytest.raises(RunError, match=r"flagged/.* has 6 bytes, its marker says [\d,]+: somebody has changed it"):
+        run.ledger()
+    assert run.store.read(path) == b"edited"
+    run.store.delete([path])
+    run.ledger()
+    assert run.table("flagged").num_rows == 2
+
+
+def test_a_run_record_is_created_once(run):
+    first, second = run.ledger(), run.ledger()
+    for receipt in run.receipts(run.windows()):
+        second.add(receipt)
+    first.done = second.done
+    with pytest.raises(RunError, match="taken over"):
+        first.complete({"driver": 1})
+    assert second.complete({"driver": 2}) == {"driver": 2} == second.complete({"driver": 3})
+    assert commit.read_json(run.store, "runs/r.json") == {"driver": 2}

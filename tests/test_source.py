@@ -128,6 +128,39 @@ def test_local_names_of_any_bytes_survive(tmp_path):
     assert sorted(image.payload for image in window.images) == sorted(names)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.one_of(st.none(), st.integers(0, 5_000_000)), min_size=1, max_size=120),
+    images=st.integers(1, 20),
+    megabytes=st.integers(1, 8),
+    shard_size=st.integers(1, 50),
+)
+def test_windows_keep_their_bounds_and_shards_are_whole_windows(tmp_path_factory, sizes, images, megabytes, shard_size):
+    listed = [rows(f"{number}.jpg")[0] | {"size_bytes": size} for number, size in enumerate(sizes)]
+    store, manifest = build(
+        tmp_path_factory.mktemp("m"), listed, shard_size=shard_size, images=images, megabytes=megabytes
+    )
+    found = read(store, manifest)
+    assert sorted(row["uri"] for row in found) == sorted(row["uri"] for row in listed)
+    assert [row["ordinal"] for row in found] == list(range(len(sizes)))
+    windows: dict[int, list[dict]] = {}
+    for row in found:
+        windows.setdefault(row["window"], []).append(row)
+    assert list(windows) == list(range(len(windows)))
+    weights = {number: sum(row["size_bytes"] or 0 for row in members) for number, members in windows.items()}
+    for number, members in windows.items():
+        assert len(members) <= images
+        assert weights[number] <= megabytes * 1_000_000 or len(members) == 1
+        assert len({row["shard"] for row in members}) == 1
+    assert manifest.largest_window_bytes == max(weights.values())
+    refs = window_refs(store, list(manifest.shards)).to_pylist()
+    assert [(ref["window"], ref["rows"]) for ref in refs] == [(number, len(windows[number])) for number in windows]
+    for shard in manifest.shards:
+        mine = {row["window"] for row in found if row["shard"] == shard.index}
+        assert (shard.images, shard.windows) == (sum(row["shard"] == shard.index for row in found), len(mine))
+        assert shard.images >= shard_size or shard is manifest.shards[-1]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     count=st.integers(1, 150),

@@ -7,11 +7,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from models.backbone import Trunk
 from models.cost import segment_gmac
 from models.group_net import GroupNet, MergePoint
 from models.weights import save_net
+from pipeline.errors import RunError
 from pipeline.plan import StageSpec
 from pipeline.stages import GroupStage, form_groups
 from pipeline.window import Image, Window
@@ -70,6 +73,113 @@ def test_groups_keep_order_and_errors_leave_holes(model):
         [33, 34, 35, 36, 37, 38] + [None] * 10,
     ]
     assert len(groups[0].images) == 15 and len(groups[2].images) == 5
+
+
+STATES = st.lists(st.sampled_from(["undecided", "error", "cleared"]), min_size=1, max_size=60)
+
+
+def window_of(states: list[str]) -> Window:
+    places = {kind: tuple(place for place, state in enumerate(states) if state == kind) for kind in set(states)}
+    return window(len(states), errors=places.get("error", ()), cleared=places.get("cleared", ()))
+
+
+@settings(deadline=None)
+@given(states=STATES, size=st.sampled_from([1, 2, 4, 16]), across=st.booleans())
+def test_every_undecided_image_is_in_one_group_and_no_other_image_is(states, size, across):
+    spec = StageSpec(name="s", model="m", rounds=(size,), thresholds={"a": (0.5,)}, input_size=SIDE)
+    w = window_of(states)
+    groups = form_groups(w, spec, across=across)
+    tested = [id(image) for group in groups for image in group.images]
+    assert sorted(tested) == sorted(id(w.images[position]) for position in w.undecided)
+    assert all(1 <= len(group.images) == group.size <= size == len(group.members) for group in groups)
+    assert len({group.number for group in groups}) == len(groups)
+
+
+@settings(deadline=None)
+@given(states=STATES, size=st.sampled_from([2, 4, 16]), data=st.data())
+def test_an_image_that_fails_moves_no_other_into_another_group(states, size, data):
+    spec = StageSpec(name="s", model="m", rounds=(size,), thresholds={"a": (0.5,)}, input_size=SIDE)
+    lost = data.draw(st.sampled_from(range(len(states))))
+    if states[lost] == "cleared":
+        states[lost] = "undecided"
+    place_of = []
+    for state in (states[lost], "error"):
+        groups = form_groups(window_of([*states[:lost], state, *states[lost + 1 :]]), spec)
+        place_of.append({member: (group.number, slot) for group in groups for slot, member in enumerate(group.members)})
+    before, after = place_of
+    assert all(after[member] == place for member, place in before.items() if member in after and member is not None)
+    undecided = {place for place, state in enumerate(states) if state == "undecided" and place != lost}
+    assert undecided <= after.keys()
+
+
+@settings(deadline=None, max_examples=25)
+@given(states=STATES, thresholds=st.tuples(st.floats(0, 1), st.floats(0, 1)), final=st.booleans())
+def test_no_image_is_cleared_that_no_test_found_negative(model, states, thresholds, final):
+    w = window_of(states)
+    before = [image.outcome for image in w.images]
+    limits = {"a": list(thresholds), "b": [1.0, 1.0]}
+    (result,) = GroupStage(spec(model, thresholds=limits), ("a", "b"), final=final)([w])
+    for was, image in zip(before, result.images, strict=True):
+        if was is not None:
+            assert image.outcome == was and not image.tests
+        elif image.outcome == "cleared":
+            last = image.tests[-1]
+            assert last.scores[0] < limits["a"][last.round] and last.scores[1] < limits["b"][last.round]
+        else:
+            assert image.outcome == ("flagged" if final else None) and len(image.tests) == 2
+            assert all(test.scores[0] >= limits["a"][test.round] for test in image.tests)
+
+
+class Cramped:
+    """A device on which no batch of more than ``most`` images fits."""
+
+    def __init__(self, stage: GroupStage, most: int) -> None:
+        self.test, self.most, self.failures = stage.net.test, most, 0
+        stage.net.test = self
+
+    def __call__(self, images_NCHW, present_N, size):
+        if len(images_NCHW) > self.most:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return self.test(images_NCHW, present_N, size)
+
+
+@pytest.mark.parametrize("groupings", [1, 2])
+def test_a_device_that_runs_out_of_memory_gets_smaller_batches_and_gives_the_same_verdicts(model, groupings):
+    windows = [window(64, number) for number in range(3)]
+    threshold = split_threshold(model, windows)
+    changes = {"rounds": (16,), "groupings": 2} if groupings == 2 else {}
+    values = [threshold] * (1 if groupings == 2 else 2)
+    wanted = spec(model, batch_images=128, thresholds={"a": values, "b": [1.0] * len(values)}, **changes)
+    roomy, tight = (GroupStage(wanted, ("a", "b"), final=True) for _ in range(2))
+    cramped = Cramped(tight, most=32)
+    expected, found = roomy(copy.deepcopy(windows)), tight(copy.deepcopy(windows))
+    assert cramped.failures == 2 and tight.batch_images == 32
+    for mine, theirs in zip(found, expected, strict=True):
+        assert [image.outcome for image in mine.images] == [image.outcome for image in theirs.images]
+        assert [work.tests for work in mine.work] == [work.tests for work in theirs.work]
+        assert np.array_equal(mine.pixels, theirs.pixels) if mine.pixels is not None else theirs.pixels is None
+    tight(copy.deepcopy(windows))
+    assert cramped.failures == 2, "what was learnt is kept"
+
+
+def test_a_group_that_never_fits_ends_with_words(model):
+    stage = GroupStage(spec(model), ("a", "b"), final=True)
+    Cramped(stage, most=8)
+    with pytest.raises(RunError, match=r"stage 's': window 0 does not fit .* one group of 16 .* smaller windows"):
+        stage([window(64, 0), window(64, 1)])
+
+
+def test_other_errors_of_a_net_are_not_taken_for_a_lack_of_memory(model, monkeypatch):
+    stage = GroupStage(spec(model), ("a", "b"), final=True)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(stage.net, "test", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        stage([window(16)])
+    assert stage.batch_images == stage.spec.batch_images
 
 
 def test_a_group_of_errors_only_is_not_tested(model):

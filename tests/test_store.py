@@ -1,0 +1,152 @@
+"""The scan's own store: conditional PUT or a promise, patience with outages, encryption, nothing half-seen."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from obstore.exceptions import BaseError
+
+from pipeline.errors import UsageError
+from pipeline.storage import reason, redact, s3_client
+from pipeline.store import Store, check_writable
+from tests.faults import Faults, fault_proxy
+
+BUCKET = "stores"
+
+
+@pytest.fixture(scope="module")
+def endpoint(s3_endpoint: str) -> str:
+    s3_client(s3_endpoint).create_bucket(Bucket=BUCKET)
+    return s3_endpoint
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request, tmp_path, endpoint) -> Store:
+    if request.param == "folder":
+        return Store(str(tmp_path))
+    return Store(f"s3://{BUCKET}/{tmp_path.name}", endpoint)
+
+
+def test_create_decides_once(store):
+    assert store.create("a/b", b"first") and not store.create("a/b", b"second")
+    assert store.read("a/b") == b"first" and store.exists("a/b") and not store.exists("a/c")
+
+
+def test_of_many_who_create_at_once_one_does(store):
+    created: list[int] = []
+    threads = [
+        threading.Thread(target=lambda n=n: store.create("race", b"%d" % n) and created.append(n)) for n in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(created) == 1 and store.read("race") == b"%d" % created[0]
+
+
+def test_publishing_twice_leaves_one_file(store):
+    store.write("attempt", b"rows")
+    for _ in range(3):
+        store.publish("attempt", "table/file.parquet")
+    store.delete(["attempt"])
+    assert store.read("table/file.parquet") == b"rows"
+    with pytest.raises(FileNotFoundError):
+        store.publish("attempt", "table/other.parquet")
+    location = Path(store.uri.removeprefix("file://"))
+    if location.is_dir():
+        assert [path.name for path in (location / "table").iterdir()] == ["file.parquet"]
+
+
+def test_a_store_travels(store):
+    store.write("x", b"1")
+    assert pickle.loads(pickle.dumps(store)).read("x") == b"1"
+
+
+def test_folders_and_ages_are_listed(store):
+    store.write("top/one/x", b"12")
+    store.write("top/two/deep/y", b"3")
+    assert store.folders("top") == ["one", "two"] and store.folders("none") == []
+    assert store.sizes("top") == {"top/one/x": 2, "top/two/deep/y": 1}
+    assert all(abs(moment.timestamp() - time.time()) < 60 for _, moment in store.objects("top").values())
+
+
+def test_reading_by_digest_refuses_other_bytes(store):
+    store.write("x", b"right")
+    wrong = "0" * 64
+    with pytest.raises(OSError, match="x: what came is not what was written"):
+        store.read("x", wrong)
+
+
+def test_a_store_that_overwrites_is_refused_and_allowed_on_a_promise(endpoint, monkeypatch):
+    ignorant = Faults(forgets_conditions=True)
+    with fault_proxy(endpoint, ignorant) as url:
+        store = Store(f"s3://{BUCKET}/ignorant", url)
+        with pytest.raises(UsageError, match=r"overwrites what a conditional PUT .* promise with --single-driver"):
+            check_writable(store)
+        promised = replace(store, conditional=False)
+        check_writable(promised)
+        assert promised.create("marker", b"1") and not promised.create("marker", b"2")
+        assert promised.read("marker") == b"1"
+
+
+def test_an_outage_is_waited_for_and_no_longer_than_patience(endpoint):
+    began = time.monotonic()
+    faults = Faults(share={"403": 1.0}, matches=lambda method, key: time.monotonic() - began < 4)
+    with fault_proxy(endpoint, faults) as url:
+        store = Store(f"s3://{BUCKET}/outage", url)
+        with pytest.raises(BaseError, match="403"):
+            replace(store, patience=1.0).write("x", b"1")
+        patient = replace(store, patience=30.0)
+        patient.write("x", b"1")
+        assert patient.read("x") == b"1"
+    assert 4 < time.monotonic() - began < 25
+
+
+def test_what_a_store_answers_is_not_asked_again(endpoint):
+    faults = Faults(matches=lambda method, key: True)
+    with fault_proxy(endpoint, faults) as url:
+        store = Store(f"s3://{BUCKET}/answers", url, patience=60.0)
+        assert not store.exists("nothing")
+        with pytest.raises(FileNotFoundError):
+            store.read("nothing")
+        assert store.create("x", b"1") and not store.create("x", b"2")
+    assert faults.hits["passed"] == 4
+
+
+def test_what_is_written_is_encrypted_with_the_key_that_was_asked_for(endpoint):
+    store = Store(f"s3://{BUCKET}/kms", endpoint, kms_key="arn:aws:kms:us-east-1:1:key/k")
+    store.write("written", b"1")
+    store.create("created", b"2")
+    store.publish("written", "published")
+    for name in ("written", "created", "published"):
+        head = s3_client(endpoint).head_object(Bucket=BUCKET, Key=f"kms/{name}")
+        assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "arn:aws:kms:us-east-1:1:key/k")
+
+
+def test_a_key_for_a_folder_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="leave --kms-key out"):
+        check_writable(Store(str(tmp_path), kms_key="k"))
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("<Error><Code>SignatureDoesNotMatch</Code><AWSAccessKeyId>AKIAX</AWSAccessKeyId>", "SignatureDoesNotMatch"),
+        ("403 for AKIAIOSFODNN7EXAMPLE: denied", "denied"),
+        ("GET http://h/b/k?X-Amz-Credential=AKIDX%2F2026&X-Amz-Signature=abcdef0123&x=1", "x=1"),
+        ("<StringToSign>AWS4-HMAC-SHA256 secretish</StringToSign> rest", "rest"),
+        ("cut off <StringToSign>AWS4-HMAC-SHA256 secretish", "cut off"),
+        ("https://user:secretish@store.example/bucket", "store.example/bucket"),
+        ("Authorization: AWS4-HMAC-SHA256 Credential=AKIDX/2026, Signature=abcdef0123", "AWS4"),
+    ],
+)
+def test_errors_lose_what_they_say_of_credentials(text, kept):
+    found = reason(ValueError(text))
+    assert kept in found and "[redacted]" in found
+    assert not any(word in found for word in ("AKI", "secretish", "abcdef0123"))
+    assert redact("an ordinary line, s3://bucket/key@2") == "an ordinary line, s3://bucket/key@2"

@@ -10,7 +10,7 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.clean import Litter, find_abandoned, find_litter
 from pipeline.errors import UsageError
-from pipeline.preflight import check_endpoint, storage_errors_as_usage
+from pipeline.storage import check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
 
 PATIENCE = 20.0

@@ -9,7 +9,7 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.erase import Subject, erase
 from pipeline.errors import UsageError
-from pipeline.preflight import check_endpoint, storage_errors_as_usage
+from pipeline.storage import check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
 
 PATIENCE = 20.0

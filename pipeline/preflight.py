@@ -5,14 +5,10 @@ from __future__ import annotations
 import io
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError, ClientError
-from obstore.exceptions import BaseError
 
 from models.cost import gmac_per_test
 from models.weights import load_net
@@ -21,7 +17,7 @@ from pipeline.fetch import Fetcher
 from pipeline.plan import Plan, Preparation
 from pipeline.source import Shard
 from pipeline.stages import check_stage
-from pipeline.storage import parse_uri, reason
+from pipeline.storage import parse_uri
 from pipeline.store import Store, check_writable
 from pipeline.window import Image, Window
 
@@ -57,23 +53,6 @@ def check_models(plan: Plan) -> Models:
         # RuntimeError and KeyError: weights that do not fit the card's trunk.
         raise UsageError(f"plan {plan.name!r}: {' '.join(str(error).split())[:300]}") from error
     return Models(versions=versions, individual_gmac=gmac_per_test(net, plan.stages[-1].input_size, 1))
-
-
-@contextmanager
-def storage_errors_as_usage() -> Iterator[None]:
-    """Before a run has begun, a store that does not answer is a matter of configuration."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (BaseError, BotoCoreError, ClientError, OSError, ValueError) as error:
-        raise UsageError(f"storage: {reason(error)}") from error
-
-
-def check_endpoint(endpoint_url: str | None) -> None:
-    """An address is printed, logged and handed on: it must not hold a password."""
-    if endpoint_url and "@" in endpoint_url.partition("://")[2].partition("/")[0]:
-        raise UsageError("the endpoint url holds a user name or password; give credentials by environment or profile")
 
 
 def check_apart(source: str, output: str) -> None:

@@ -25,21 +25,13 @@ from pipeline.errors import RunError, UsageError
 from pipeline.examples import read_labels
 from pipeline.flow import Destination, pools, stream, window_refs
 from pipeline.plan import Plan, load_plan
-from pipeline.preflight import (
-    Models,
-    check_apart,
-    check_endpoint,
-    check_models,
-    check_output,
-    check_readable,
-    storage_errors_as_usage,
-)
+from pipeline.preflight import Models, check_apart, check_models, check_output, check_readable
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
 from pipeline.report import write_report
 from pipeline.retry import list_failed, read_parent
 from pipeline.source import DEFAULT_EXCLUDE, Manifest, Shard, build_manifest, list_source
-from pipeline.storage import reason, redact
+from pipeline.storage import check_endpoint, reason, redact, storage_errors_as_usage
 from pipeline.store import Store
 from pipeline.tally import relative_cost, stage_rows
 

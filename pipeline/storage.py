@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -20,7 +21,7 @@ from urllib.parse import quote, unquote, urlsplit
 import boto3
 import obstore
 from botocore.config import Config
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import (
     AlreadyExistsError,
@@ -202,6 +203,23 @@ def reason(error: Exception) -> str:
 def redact(text: str) -> str:
     """Without key ids, signatures, tokens and user names in addresses, which servers like to repeat in their errors."""
     return SECRETS.sub("[redacted]", text)
+
+
+@contextmanager
+def storage_errors_as_usage() -> Iterator[None]:
+    """Before a run has begun, a store that does not answer is a matter of configuration."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (BaseError, BotoCoreError, ClientError, OSError, ValueError) as error:
+        raise UsageError(f"storage: {reason(error)}") from error
+
+
+def check_endpoint(endpoint_url: str | None) -> None:
+    """An address is printed, logged and handed on: it must not hold a password."""
+    if endpoint_url and "@" in endpoint_url.partition("://")[2].partition("/")[0]:
+        raise UsageError("the endpoint url holds a user name or password; give credentials by environment or profile")
 
 
 def read_object(location: Location, endpoint_url: str | None) -> bytes:

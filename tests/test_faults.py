@@ -207,9 +207,22 @@ class Weather:
 
 
 @pytest.fixture(scope="module")
-def weather(ray_session, s3_endpoint, corpus, tmp_path_factory) -> Weather:
+def pictures(ray_session, s3_endpoint, corpus) -> str:
     upload(corpus, s3_endpoint, "weather")
-    return Weather(s3_endpoint, "weather", tmp_path_factory.mktemp("weather"))
+    return s3_endpoint
+
+
+@pytest.fixture(scope="module")
+def grouped(pictures, tmp_path_factory) -> Weather:
+    return Weather(pictures, "weather", tmp_path_factory.mktemp("grouped"))
+
+
+@pytest.fixture(scope="module")
+def alone(pictures, tmp_path_factory) -> Weather:
+    """Every image is tested alone: whoever fails changes no other's verdict."""
+    (stage,) = QUICK["stages"]
+    single = stage | {"rounds": [1], "thresholds": {"automobile": [0.007]}}
+    return Weather(pictures, "weather", tmp_path_factory.mktemp("alone"), "alone", stages=[single])
 
 
 def any_request(method: str, key: str) -> bool:
@@ -217,26 +230,22 @@ def any_request(method: str, key: str) -> bool:
     return bool(key)
 
 
-def test_a_scan_in_bad_weather_is_the_scan_of_a_calm_day(weather):
+def test_a_scan_in_bad_weather_is_the_scan_of_a_calm_day(alone):
     faults = Faults(share=dict.fromkeys(PASSING, 0.02), matches=any_request, stall_seconds=4, seed=1)
-    assert weather.scan_through(faults, "bad").equals(weather.calm)
+    assert alone.scan_through(faults, "bad").equals(alone.calm)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.2])
 @pytest.mark.parametrize("fault", PASSING)
-def test_each_fault_at_each_share_changes_no_row(weather, fault, share):
+def test_each_fault_at_each_share_changes_no_row(grouped, fault, share):
     faults = Faults(share={fault: share}, matches=any_request, stall_seconds=4, seed=2)
-    assert weather.scan_through(faults, f"{fault}-{share}").equals(weather.calm)
+    assert grouped.scan_through(faults, f"{fault}-{share}").equals(grouped.calm)
 
 
 @pytest.mark.parametrize("share", [0.05, pytest.param(0.2, marks=pytest.mark.slow)])
-def test_what_was_refused_is_an_error_and_nothing_else_changes(
-    ray_session, s3_endpoint, weather, tmp_path_factory, share
-):
-    stages = QUICK["stages"][1:]
-    alone = Weather(s3_endpoint, "weather", tmp_path_factory.mktemp("alone"), f"alone-{share}", stages=stages)
+def test_what_was_refused_is_an_error_and_nothing_else_changes(alone, share):
     faults = Faults(share={"403": share, "404": share}, seed=3)
     faults.matches = lambda method, key: method == "GET" and key.startswith("all/")
     ledger = alone.scan_through(faults, f"refused-{share}")

@@ -73,18 +73,16 @@ def scan(corpus, folder) -> dict:
     return run_scan(ScanConfig(source=str(corpus), output=str(folder / "out"), plan=str(plan), run_id="r", salt="s"))
 
 
-def test_a_window_that_kills_its_actors_fails_the_run_by_name(corpus, tmp_path, breaking, monkeypatch):
+def test_a_window_that_kills_its_actors_fails_the_run_by_name(corpus, tmp_path, breaking):
     breaking(Deadly)
-    with pytest.raises(RunError, match=r"4 actors of 'group' died on window 1 of shard 0.*--run-id r to go on"):
+    with pytest.raises(RunError, match=r"4 actors of 'tree' died on window 1 of shard 0.*--run-id r to go on"):
         scan(corpus, tmp_path)
-    monkeypatch.undo()
-    assert scan(corpus, tmp_path)["counts"]["listed"] == 320
 
 
 def test_a_run_that_stands_still_ends_with_words(corpus, tmp_path, breaking, monkeypatch):
     breaking(Stuck)
-    monkeypatch.setattr(flow, "NO_PROGRESS_SECONDS", 25)
+    monkeypatch.setattr(flow, "NO_PROGRESS_SECONDS", 15)
     began = time.monotonic()
-    with pytest.raises(RunError, match=r"nothing has moved for 25 s: 'group' has held window \d of shard 0 for \d+ s"):
+    with pytest.raises(RunError, match=r"nothing has moved for 15 s: 'tree' has held window \d of shard 0 for \d+ s"):
         scan(corpus, tmp_path)
     assert time.monotonic() - began < 120

@@ -1,0 +1,235 @@
+"""What a run keeps and who may see it: erasure, litter, credentials, names, rights on the source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import commit
+from pipeline.clean import find_litter
+from pipeline.commit import Ledger
+from pipeline.store import Store
+from tests.conftest import QUICK, small_plan
+from tests.test_commit import Run
+from tests.test_jobs import expect, run
+
+DAY = timedelta(hours=24)
+
+
+@pytest.fixture
+def left_behind(tmp_path: Path) -> Run:
+    """A run with one shard committed and one attempt that nobody will ask for, a week ago."""
+    left = Run(tmp_path / "out")
+    receipts = left.receipts(left.windows())
+    left.ledger().add(receipts[0])
+    left.store.write("_state/r/manifest-deadbeef/shard-00000.parquet", b"of a start that lost the race")
+    commit.freeze(left.store, "r", {"shards": [{"key": shard.key} for shard in left.manifest.shards]})
+    age(left.store)
+    return left
+
+
+def age(store: Store, seconds: float = 7 * 24 * 3600) -> None:
+    for path in Path(store.uri.removeprefix("file://")).rglob("*"):
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_cleaning_takes_dead_files_and_never_what_a_marker_names(left_behind):
+    store = left_behind.store
+    files = set(store.sizes(""))
+    (litter,) = find_litter(store, DAY)
+    named = {
+        file[key]
+        for path in store.sizes("_state/r/markers")
+        for file in json.loads(store.read(path))["files"]
+        for key in ("attempt", "path")
+    }
+    manifest = {shard.key for shard in left_behind.manifest.shards}
+    assert len(named) == 6 and not named & set(litter.keys) and not manifest & set(litter.keys)
+    assert "_state/r/manifest-deadbeef/shard-00000.parquet" in litter.keys and len(litter.keys) > 3
+    output = store.uri.removeprefix("file://")
+    listed = run("clean", "--output", output)
+    assert listed.returncode == 0 and "would be removed; repeat with --delete" in listed.stdout
+    assert set(store.sizes("")) == files
+    done = run("clean", "--output", output, "--delete")
+    assert done.returncode == 0 and f"{len(litter.keys)} files" in done.stdout
+    assert set(store.sizes("")) == files - set(litter.keys)
+    resumed = left_behind.ledger()
+    for receipt in left_behind.receipts([window for window in left_behind.windows() if window.shard]):
+        resumed.add(receipt)
+    assert resumed.pending == [] and left_behind.table("ledger").num_rows == 80
+
+
+def test_a_run_that_may_be_alive_is_left_alone(left_behind):
+    left_behind.ledger()  # a driver has just taken it over
+    (litter,) = find_litter(left_behind.store, DAY)
+    assert litter.keys == () and litter.reason.startswith("left alone: written to at")
+    expect(run("clean", "--output", "x", "--older-than", "0.5"), 2, "a living driver may need 1")
+
+
+def test_a_run_can_be_given_up_by_name_and_a_complete_one_cannot(left_behind):
+    output = left_behind.store.uri.removeprefix("file://")
+    left_behind.store.write("ledger/scan_date=2026-01-01/r2-shard-00000.parquet", b"another run's")
+    assert run("clean", "--output", output, "--abandon", "r", "--delete").returncode == 0
+    assert set(left_behind.store.sizes("")) == {"ledger/scan_date=2026-01-01/r2-shard-00000.parquet"}
+    expect(run("clean", "--output", output, "--abandon", "r"), 2, "there is no run 'r'")
+    left_behind.store.write("runs/r3.json", b"{}")
+    expect(run("clean", "--output", output, "--abandon", "r3"), 2, "run 'r3' is complete: its tables stay")
+
+
+CANARY = {"AWS_ACCESS_KEY_ID": "AKIACANARYCANARY1234", "AWS_SECRET_ACCESS_KEY": "canary/secret+value0123456789"}
+
+
+@pytest.fixture(scope="module")
+def scanned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Source, output and Ray's own folder of a scan with hostile names, by a process with marked credentials."""
+    folder = tmp_path_factory.mktemp("custody")
+    source, output = folder / "source", folder / "deep" / "out"
+    names = [
+        "up%2F..%2F..%2Fescaped.jpg",
+        "<script>alert(1)<script>.jpg",
+        "a\nb.jpg",
+        "-rf *.jpg",
+        "$(touch pwned).jpg",
+    ]
+    pictures = sorted((corpus / "0000").iterdir())[: 40 + len(names)]
+    source.mkdir()
+    for path, name in zip(pictures, [*names, *(path.name for path in pictures[len(names) :])], strict=True):
+        (source / name).write_bytes(path.read_bytes())
+    (source / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    plan = small_plan(folder, QUICK)
+    result = run(
+        "scan", "--source", str(source), "--output", str(output), "--plan", str(plan), "--run-id", "r", "--salt", "s",
+        "--report-thumbnails", RAY_TMPDIR=str(folder / "ray"), **CANARY,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (folder / "said.txt").write_text(result.stdout + result.stderr)
+    return source, output, folder
+
+
+def test_object_names_are_never_paths_or_commands(scanned):
+    source, output, folder = scanned
+    below = {path.relative_to(folder).parts[0] for path in folder.rglob("*")}
+    assert below <= {"source", "deep", "plan.yaml", "said.txt", "ray"}
+    expected = re.compile(
+        r"(ledger|flagged|errors)/scan_date=[\d-]+/r-shard-00000\.parquet|runs/r\.json|runs/r/(status\.json|report\.html)"
+        r"|_state/r/(run\.json|manifest-\w+/shard-00000\.parquet|epochs/000001\.json|markers/shard-00000\.json)"
+    )
+    files = [str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()]
+    assert [name for name in files if not expected.fullmatch(name)] == []
+    assert not list(Path.cwd().glob("pwned")) and not list(folder.rglob("pwned"))
+    ledger = pq.read_table(next(output.glob("ledger/*/*.parquet")), partitioning=None)
+    assert len(set(ledger["source_uri"].to_pylist())) == len(list(source.iterdir()))
+
+
+def test_no_credential_is_in_any_file_or_line(scanned):
+    _, _, folder = scanned
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 50, "Ray's logs are among them"
+    for path in files:
+        body = path.read_bytes()
+        for secret in CANARY.values():
+            assert secret.encode() not in body, path
+
+
+def test_erasing_an_object_takes_it_out_of_everything(scanned, tmp_path):
+    _, original, _ = scanned
+    output = tmp_path / "out"
+    subprocess.run(["cp", "-r", str(original), str(output)], check=True)
+    flagged = pq.read_table(next(output.glob("flagged/*/*.parquet")), partitioning=None).to_pylist()
+    broken = pq.read_table(next(output.glob("errors/*/*.parquet")), partitioning=None).to_pylist()
+    victim, other = flagged[0], broken[0]
+    erasing = ["--output", str(output), "--image-id", victim["image_id"], "--uri", other["source_uri"]]
+
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    dry = run("erase", *erasing, "--dry-run")
+    assert dry.returncode == 0 and "nothing was rewritten" in dry.stdout
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+    done = run("erase", *erasing)
+    assert done.returncode == 0, done.stderr
+    for table, gone in (("ledger", 2), ("flagged", 1), ("errors", 1)):
+        (path,) = output.glob(f"{table}/*/*.parquet")
+        assert f"{path.relative_to(output)}: {gone} rows removed" in done.stdout
+    for path in output.rglob("*"):
+        if path.is_file() and path.suffix != ".parquet":
+            body = path.read_text()
+            assert victim["image_id"] not in body and other["source_uri"] not in body, path
+        elif path.is_file():
+            table = pq.read_table(path, partitioning=None)
+            names = table[next(name for name in ("source_uri", "uri") if name in table.column_names)].to_pylist()
+            assert victim["source_uri"] not in names and other["source_uri"] not in names, path
+    record = json.loads((output / "runs/r.json").read_text())
+    for file in record["files"]:
+        assert hashlib.sha256((output / file["path"]).read_bytes()).hexdigest() == file["sha256"]
+    (log,) = (json.loads(path.read_text()) for path in output.glob("erasures/*.json"))
+    assert sum(file["rows_removed"] for file in log["files"]) == 2 + 1 + 1 + 2
+    assert "no complete run holds it" in run("erase", *erasing).stdout
+
+
+def test_an_erasure_that_was_interrupted_is_finished_by_the_next(scanned, tmp_path, monkeypatch):
+    from pipeline import erase as module
+
+    _, original, _ = scanned
+    output = tmp_path / "out"
+    subprocess.run(["cp", "-r", str(original), str(output)], check=True)
+    victim = pq.read_table(next(output.glob("flagged/*/*.parquet")), partitioning=None).to_pylist()[0]
+    subject = module.Subject(uris=(victim["source_uri"],))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.commit, "write_json", die)
+    with pytest.raises(KeyboardInterrupt):
+        module.erase(Store(str(output)), subject, dry_run=False)
+    monkeypatch.undo()
+    assert module.erase(Store(str(output)), subject, dry_run=False)
+    record = json.loads((output / "runs/r.json").read_text())
+    for file in record["files"]:
+        assert hashlib.sha256((output / file["path"]).read_bytes()).hexdigest() == file["sha256"]
+    assert victim["source_uri"] not in (output / "runs/r/report.html").read_text()
+
+
+def test_nothing_is_erased_while_an_unfinished_run_lists_the_object(tmp_path):
+    unfinished = Run(tmp_path / "out")
+    commit.freeze(unfinished.store, "r", {"shards": []})
+    Ledger(unfinished.store, "r", "2026-01-01", list(unfinished.manifest.shards))
+    output = unfinished.store.uri.removeprefix("file://")
+    expect(run("erase", "--output", output, "--uri", "s3://b/7"), 2, "run 'r' lists the object", "--abandon r")
+    expect(run("erase", "--output", output), 2, "--image-id or --uri")
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path):
+    result = run("scan", "--source", "s3://b/x", "--output", str(tmp_path), "--endpoint-url", "https://u:pw@store.test")
+    expect(result, 2, "endpoint url holds a user name or password")
+    assert "pw" not in result.stderr.replace("password", "")
+
+
+POLICY = re.compile(r"```json\n(.*?)```", re.DOTALL)
+
+
+def test_the_source_is_read_only_under_the_policy_of_the_docs(corpus, tmp_path):
+    """The worker's policy of docs/custody.md, enforced by a server: it suffices for a scan and for nothing more."""
+    page = (Path(__file__).parents[1] / "docs/custody.md").read_text()
+    policy = POLICY.search(page)
+    assert policy, "docs/custody.md shows no policy"
+    command = [sys.executable, "-m", "tests.iam_scan", str(corpus), str(small_plan(tmp_path, QUICK)), policy.group(1)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, cwd=Path(__file__).parents[1]
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "listed": 320,
+        "put": "AccessDenied",
+        "delete": "AccessDenied",
+        "other bucket": "AccessDenied",
+    }

@@ -35,7 +35,14 @@ def ray_session(pools: Sequence[Pool], what: str, row_bytes: int = 0) -> Iterato
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
         patience = SCALE_UP_SECONDS
     else:
-        ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        # "local": or it would join, or trip over, whatever cluster happens to run on this machine.
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
         patience = 0
     try:
         _check_resources(pools, what, patience)
@@ -69,7 +76,9 @@ def _check_resources(pools: Sequence[Pool], what: str, patience: float = 0) -> N
 
 def _check_object_store(row_bytes: int, what: str) -> None:
     """Ray spills what it cannot hold, but an operator's row and its answer must be there at one time."""
-    room = min((node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    room = min(
+        (int(node["Resources"].get("object_store_memory", 0)) for node in ray.nodes() if node["Alive"]), default=0
+    )
     if 2 * row_bytes > room:
         raise RunError(
             f"{what} moves windows of up to {row_bytes:,} bytes, but a node's object store has only {room:,}; "

@@ -164,6 +164,13 @@ def test_configuration_file_gives_values_that_flags_override(pictures, tmp_path)
     assert config.exclude == ("a", "b*")
 
 
+def test_a_configuration_file_runs_no_code(tmp_path):
+    file = tmp_path / "nightly.yaml"
+    file.write_text(f"source: !!python/object/apply:os.mkdir [{tmp_path}/ran]")
+    expect(run("scan", "--config", str(file)), 2, "is not YAML", "could not determine a constructor")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_demo_draws_serves_and_scans_a_corpus(tmp_path):
     result = run(
         "scan", "--demo", "--demo-images", "64", "--demo-prevalence", "0.125", "--output", str(tmp_path / "out")

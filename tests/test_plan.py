@@ -95,3 +95,13 @@ def test_a_plan_file_is_read_safely(tmp_path):
         load_plan("unheard-of")
     file.write_text(yaml.safe_dump(content()))
     assert load_plan(str(file)).stages[0].rounds == (16, 4)
+
+
+def test_a_plan_runs_no_code(tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{tmp_path}/ran]]"
+    )
+    with pytest.raises(UsageError, match="is not YAML: could not determine a constructor"):
+        load_plan(str(plan))
+    assert not (tmp_path / "ran").exists()

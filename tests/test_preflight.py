@@ -1,0 +1,117 @@
+"""What is wrong is said before a run begins, with the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import preflight
+from pipeline.errors import RunError, UsageError
+from pipeline.plan import Actors, Preparation
+from pipeline.plan import Pool as PlanPool
+from pipeline.preflight import check_apart, check_output, check_readable
+from pipeline.scan import ScanConfig
+from pipeline.storage import s3_client
+from pipeline.store import Store
+from tests.faults import Faults, fault_proxy
+from tests.test_source import build, rows
+
+
+@pytest.fixture(scope="module")
+def listed(s3_endpoint, tmp_path_factory):
+    """A bucket with five objects and the manifest that lists them."""
+    client = s3_client(s3_endpoint)
+    client.create_bucket(Bucket="readable")
+    entries = rows(*(f"{number}.jpg" for number in range(5)))
+    for entry in entries:
+        key = entry["uri"].rsplit("/", 1)[1]
+        entry["uri"] = f"s3://readable/{key}"
+        entry["etag"] = client.put_object(Bucket="readable", Key=key, Body=b"0123456789")["ETag"].strip('"')
+    return s3_endpoint, *build(tmp_path_factory.mktemp("listed"), entries)
+
+
+def test_a_source_that_can_be_listed_and_not_read(listed):
+    endpoint, store, manifest = listed
+    check_readable(store, manifest.shards[0], Preparation(), endpoint)
+    with (
+        fault_proxy(endpoint, Faults(share={"403": 1.0})) as url,
+        pytest.raises(UsageError, match=r"listed but not read: s3://readable/\d.jpg: .*403.*; allow s3:GetObject"),
+    ):
+        check_readable(store, manifest.shards[0], Preparation(), url)
+
+
+def test_one_object_that_may_not_be_read_stops_nothing(listed):
+    endpoint, store, manifest = listed
+    faults = Faults(share={"403": 1.0})
+    faults.matches = lambda method, key: method == "GET" and not faults.hits["403"]
+    with fault_proxy(endpoint, faults) as url:
+        check_readable(store, manifest.shards[0], Preparation(), url)
+    assert faults.hits["403"] == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("MIN_OUTPUT_BYTES", r"bytes free and the output need 1,000,000,000,000,000: make room there, or give another"),
+        ("MIN_SCRATCH_BYTES", r"bytes free and listings and what Ray spills need .* or set TMPDIR"),
+    ],
+)
+def test_a_disk_without_room(tmp_path, monkeypatch, limit, words):
+    check_output(Store(str(tmp_path)))
+    monkeypatch.setattr(preflight, limit, 10**15)
+    with pytest.raises(UsageError, match=words):
+        check_output(Store(str(tmp_path)))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_windows_that_no_object_store_holds_and_pools_that_no_cluster_has():
+    from pipeline.cluster import ray_session
+
+    pool = PlanPool(num_cpus=0.1, actors=Actors(min=1, max=1))
+    with ray_session([pool], "plan 'x'", row_bytes=1_000_000):
+        pass
+    with (
+        pytest.raises(RunError, match=r"windows of up to 1,000,000,000,000 bytes, but a node's .* only [\d,]+; lower"),
+        ray_session([pool], "plan 'x'", row_bytes=10**12),
+    ):
+        pass
+    with (
+        pytest.raises(RunError, match=r"needs at least 1 GPUs for its pools, but Ray has 0; lower num_gpus"),
+        ray_session([PlanPool(num_gpus=1)], "plan 'x'"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "inside"),
+    [
+        ("s3://b/in", "s3://b/in/out", True),
+        ("s3://b/in/", "s3://b/in", True),
+        ("s3://b/in", "s3://b/input", True),  # a prefix has no border
+        ("s3://b/in/", "s3://b/out", False),
+        ("s3://b/in/", "s3://c/in/out", False),
+        ("/data/in", "/data/in/out", True),
+        ("/data/in", "/data/input", False),
+    ],
+)
+def test_an_output_inside_its_source(source, output, inside):
+    if inside:
+        with pytest.raises(UsageError, match="lies inside source"):
+            check_apart(source, output)
+    else:
+        check_apart(source, output)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "either --source, what to scan, or --retry-errors"),
+        ({"source": "x", "retry_errors": "r"}, "either --source"),
+        ({"retry_errors": "../x"}, "run id '../x' may hold letters"),
+        ({"source": "x", "output_patience": 1000}, "output patience is 1000 s, not between 0 and 360"),
+        ({"source": "x", "max_outage": 2}, "max outage is 2"),
+        ({"source": "x", "endpoint_url": "http://u@h"}, "holds a user name or password"),
+    ],
+)
+def test_values_that_make_no_scan(options, words):
+    with pytest.raises(UsageError, match=words):
+        ScanConfig(**options)

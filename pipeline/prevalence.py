@@ -24,7 +24,7 @@ from scipy.stats import binom
 
 from models.evaluation import interval
 from pipeline.plan import Plan, StageSpec
-from pipeline.stages import GroupStage, form_groups
+from pipeline.stages import GroupStage
 from pipeline.window import Image, Window
 
 

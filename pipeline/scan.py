@@ -240,6 +240,7 @@ class Driver:
                     shard = self.ledger.add(receipt)
                     if shard is not None:
                         progress.committed(shard.index, len(self.ledger.done), len(self.ledger.shards))
+                        self._write_status("running", began)
         if self.ledger.pending:
             raise RunError(f"{len(self.ledger.pending)} shards were not finished though the stream has ended")
         return startup
@@ -310,5 +311,5 @@ def _one_line(error: BaseException) -> str:
         return str(error).splitlines()[0]  # Ray adds advice of its own
     if isinstance(error, (BaseError, ClientError, BotoCoreError)):
         return f"storage: {reason(error)}"
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in redact(str(error)).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__

@@ -1,8 +1,7 @@
 """A stage: one net tests the undecided images of some windows, round after round. Knows nothing of Ray.
 
-Groups are formed inside a window, from the images no earlier stage has cleared, in ordinal order.
-An image that ended in an error keeps its place as a hole. So a verdict depends on the window, the
-plan and the weights alone, and not on which windows share a call.
+Groups are formed inside a window (``groups.py``). So a verdict depends on the window, the plan and the
+weights alone, and not on which windows share a call.
 
 Shapes: N images, G groups, K categories.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,35 +19,11 @@ from models.cost import embedding_gmac, gmac_per_test
 from models.group_net import GroupNet, Kept
 from models.weights import load_net
 from pipeline.errors import RunError
+from pipeline.groups import Group, form_groups, slots
 from pipeline.plan import StageSpec
-from pipeline.window import GroupTest, Image, Window, Work
+from pipeline.window import GroupTest, Window, Work
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(slots=True)
-class Group:
-    """One group on its way through the rounds. ``members``: positions in the window, None is a hole.
-
-    ``size`` counts the images it was formed of, without holes.
-    """
-
-    window: Window
-    number: str
-    members: list[int | None]
-    size: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.size = len(self.images)
-
-    @property
-    def images(self) -> list[Image]:
-        images = (self.window.images[position] for position in self.members if position is not None)
-        return [image for image in images if image.outcome is None]
-
-    def split(self, size: int) -> list[Group]:
-        parts = [self.members[start : start + size] for start in range(0, len(self.members), size)]
-        return [Group(self.window, f"{self.number}.{index}", part) for index, part in enumerate(parts)]
 
 
 class GroupStage:
@@ -161,14 +135,14 @@ class GroupStage:
 
     def _regroup(self, batches: list[Tensor], first: list[Group], second: list[Group], size: int) -> Tensor:
         """Logits (G, K) of the second grouping, from the features (N, X) per batch that the first one has kept."""
-        slots = ((group, position) for group in first for position in group.members)
-        row_of = {(id(group.window), position): row for row, (group, position) in enumerate(slots)}
+        places = ((group, position) for group in first for position in group.members)
+        row_of = {(id(group.window), position): row for row, (group, position) in enumerate(places)}
         logits = [torch.empty(0, self.net.num_categories)]
         width = self._groups_per_batch(size)
         for start in range(0, len(second), width):
             rows = np.zeros(width * size, dtype=np.int64)
             present = np.zeros(width * size, dtype=bool)
-            for slot, group, position in _slots(second[start : start + width], size):
+            for slot, group, position in slots(second[start : start + width], size):
                 rows[slot] = row_of[id(group.window), position]
                 present[slot] = True
             units_NX = _gather(batches, rows)
@@ -203,7 +177,7 @@ class GroupStage:
         for start in range(0, len(groups), per_batch):
             pixels = np.zeros((per_batch * size, side, side, 3), np.uint8)
             present = np.zeros(per_batch * size, bool)
-            for slot, group, position in _slots(groups[start : start + per_batch], size):
+            for slot, group, position in slots(groups[start : start + per_batch], size):
                 assert group.window.pixels is not None
                 pixels[slot] = group.window.pixels[rows[id(group.window)][position]]
                 present[slot] = True
@@ -293,39 +267,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def form_groups(window: Window, spec: StageSpec, *, across: bool = False) -> list[Group]:
-    """Groups of the first round with at least one undecided member; the last one is filled with holes.
-
-    ``across`` groups otherwise: the images are written row by row, a group a row, and read column by
-    column. In a window of at least as many groups as a group has members, no two images meet twice.
-    """
-    size = spec.rounds[0]
-    found = [position for position, image in enumerate(window.images) if image.outcome in (None, "error")]
-    places: list[int | None] = [*found, *[None] * (-len(found) % size)]
-    mark = ""
-    if across:
-        places = [place for column in range(size) for place in places[column::size]]
-        mark = "x"
-    groups = []
-    for number, start in enumerate(range(0, len(places), size)):
-        group = Group(window, f"{window.window}.{spec.name}.{mark}{number}", places[start : start + size])
-        if group.size:
-            groups.append(group)
-    return groups
-
-
 def _take(kept: Kept, positive: np.ndarray, size: int) -> Kept:
     rows = torch.from_numpy(np.flatnonzero(positive))
     features = next(iter(kept.units.values()), None)
     return kept if features is None else kept.take(rows.to(features.device), size)
-
-
-def _slots(groups: list[Group], size: int) -> Iterator[tuple[int, Group, int]]:
-    """Where each undecided member of these groups stands in their device batch, its group and its position."""
-    for offset, group in enumerate(groups):
-        for slot, position in enumerate(group.members):
-            if position is not None and group.window.images[position].outcome is None:
-                yield offset * size + slot, group, position
 
 
 def _gather(batches: list[Tensor], rows: np.ndarray) -> Tensor:

@@ -23,6 +23,7 @@ import numpy as np
 from scipy.stats import binom
 
 from models.evaluation import interval
+from pipeline.groups import form_groups
 from pipeline.plan import Plan, StageSpec
 from pipeline.stages import GroupStage
 from pipeline.window import Image, Window

@@ -20,7 +20,8 @@ PATIENCE = 20.0
 class JobConfig:
     """Lists the files of a scan's output that nothing refers to, and removes them with --delete.
 
-    Never removed: what a marker names, and anything of a run that was written to within --older-than.
+    Left alone: anything of a run that was written to within --older-than, and what a marker names, unless its whole
+    run is given up with --abandon.
     """
 
     output: str
@@ -44,11 +45,8 @@ def run(config: JobConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
     with storage_errors_as_usage():
         store = Store(config.output, config.endpoint_url, patience=PATIENCE)
-        found = (
-            [find_abandoned(store, config.abandon)]
-            if config.abandon
-            else find_litter(store, timedelta(hours=config.older_than))
-        )
+        age = timedelta(hours=config.older_than)
+        found = [find_abandoned(store, config.abandon, age)] if config.abandon else find_litter(store, age)
         for litter in found:
             console.print(_line(litter), markup=False)
             if config.delete:

@@ -72,7 +72,10 @@ def json_bytes(content: dict[str, Any]) -> bytes:
 
 def freeze(store: Store, run_id: str, content: dict[str, Any]) -> None:
     """Fixes what the run is. Raises UsageError when another driver has just done so."""
-    if not store.create(f"{state_prefix(run_id)}/run.json", json_bytes(content)):
+    if store.create(f"{state_prefix(run_id)}/run.json", json_bytes(content)):
+        return
+    # An earlier try of this PUT may have gone through unheard: the manifest's folder is this driver's alone.
+    if read_frozen(store, run_id) != json.loads(json_bytes(content)):
         raise UsageError(f"run {run_id!r} was started by another driver at this moment; start again to join it")
 
 
@@ -124,13 +127,17 @@ class Ledger:
         self._reconcile(shard, tables, tally)
         folder = f"{attempts_prefix(self.run_id)}/shard-{shard.index:05d}/merged-{self.epoch:06d}"
         files = [self._write_merged(shard, folder, name, table) for name, table in tables.items()]
-        marker: dict[str, Any] = {"shard": shard.index, "epoch": self.epoch, "files": files, "tally": tally.to_json()}
+        marker: dict[str, Any] = {
+            "shard": shard.index,
+            "manifest_sha256": shard.sha256,
+            "epoch": self.epoch,
+            "files": files,
+            "tally": tally.to_json(),
+        }
         if not self.store.create(self._marker_key(shard.index), json_bytes(marker)):
             # Another driver was faster, or an earlier try of this PUT went through unheard: its word counts.
             self.check_epoch()
-            decided = read_json(self.store, self._marker_key(shard.index))
-            assert decided is not None
-            marker = decided
+            marker = self._read_marker(self._marker_key(shard.index))
         self._publish(marker["files"])
         self._count(shard.index, marker)
 
@@ -162,12 +169,17 @@ class Ledger:
         assert tally.listed == shard.images
         self._check_outage(shard, tally)
         for outcome, name in (("flagged", "flagged"), ("error", "errors")):
-            found = pc.count_distinct(tables[name]["image_id"]).as_py()
-            if found != tally.outcomes[outcome]:
+            decided = ledger.filter(pc.equal(ledger["outcome"], outcome))["image_id"]
+            found = tables[name]["image_id"]
+            same = pc.all(pc.is_in(pc.unique(found), decided), min_count=0).as_py()
+            if not same or pc.count_distinct(found).as_py() != len(decided):
                 raise RunError(
-                    f"shard {shard.index}: the ledger counts {tally.outcomes[outcome]} images as {outcome}, "
-                    f"table {name} holds {found}"
+                    f"shard {shard.index}: the ledger counts {len(decided)} images as {outcome}, table {name} holds "
+                    f"{pc.count_distinct(found).as_py()}, or others"
                 )
+        for name, key in (("flagged", ["image_id", "category"]), ("errors", ["image_id"])):
+            if tables[name].group_by(key).aggregate([]).num_rows != tables[name].num_rows:
+                raise RunError(f"shard {shard.index}: table {name} holds rows twice")
 
     def _check_outage(self, shard: Shard, tally: Tally) -> None:
         """A store or a decoder that is down must not end as a complete run full of errors."""
@@ -201,12 +213,11 @@ class Ledger:
 
     def _adopt_markers(self) -> None:
         """Takes committed shards as they are; finishes the copies of a driver that died before it did."""
-        published = {
-            name: self.store.sizes(f"{name}/scan_date={self.scan_date}") for name in schema.TABLES if self.shards
-        }
-        for key in sorted(self.store.sizes(f"{state_prefix(self.run_id)}/markers")):
-            marker = read_json(self.store, key)
-            assert marker is not None
+        # Markers before tables: a marker that comes after this may have its files swept by who finishes the run.
+        markers = sorted(self.store.sizes(f"{state_prefix(self.run_id)}/markers"))
+        published = {name: self.store.sizes(f"{name}/scan_date={self.scan_date}") for name in schema.TABLES if markers}
+        for key in markers:
+            marker = self._read_marker(key)
             missing = []
             for file in marker["files"]:
                 size = published[file["path"].split("/")[0]].get(file["path"])
@@ -219,6 +230,19 @@ class Ledger:
                     )
             self._publish(missing)
             self._count(marker["shard"], marker)
+
+    def _read_marker(self, key: str) -> dict[str, Any]:
+        """Raises RunError when it belongs to another manifest than this run's."""
+        marker = read_json(self.store, key)
+        if marker is None:
+            raise RunError(f"{key} was there a moment ago: somebody removes files of run {self.run_id!r}")
+        shard = self.shards.get(marker["shard"])
+        if shard is None or marker["manifest_sha256"] != shard.sha256:
+            raise RunError(
+                f"{key} was made for another manifest: files of run {self.run_id!r} were removed and it was started "
+                "anew; give another --run-id"
+            )
+        return marker
 
     def _marker_key(self, index: int) -> str:
         return f"{state_prefix(self.run_id)}/markers/shard-{index:05d}.json"
@@ -255,12 +279,14 @@ class Ledger:
             return record
         # Another driver was faster, or an earlier try of this PUT went through unheard.
         decided = read_json(self.store, record_key(self.run_id))
-        assert decided is not None
+        if decided is None:
+            raise RunError(f"the record of run {self.run_id!r} was there a moment ago: somebody has removed it")
         return decided
 
-    def sweep_attempts(self) -> None:
-        """Removes this run's attempt files; only for a run whose record says complete."""
-        self.store.delete(list(self.store.sizes(attempts_prefix(self.run_id))))
+
+def sweep_attempts(store: Store, run_id: str) -> None:
+    """Removes what a complete run was merged from."""
+    store.delete(list(store.sizes(attempts_prefix(run_id))))
 
 
 def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:

@@ -22,6 +22,7 @@ from typing import get_args
 import numpy as np
 
 import pipeline.decode_child
+from pipeline.decode_child import READY
 from pipeline.picture import ErrorCode
 from pipeline.plan import Preparation
 from pipeline.window import Image, Window, Work
@@ -32,8 +33,11 @@ RECYCLED_AFTER = 2000
 CRASHES = 2
 """Children that must die on a file before the file is to blame."""
 PATIENCE = 4
-"""Files of one window that may use up their whole deadline; after them the others get a second each."""
+"""Files of one call that may use up their whole deadline; after them the others get a second each."""
+HANGING_SECONDS = 240.0
+"""What files that hang may cost one call in all; those after them are not even tried. A stalled run ends at 420."""
 MAX_ANSWER_BYTES = 65_536
+MAX_SIDE = 2**31
 
 
 class Decoder:
@@ -44,11 +48,11 @@ class Decoder:
         self.side = side
         self.limits = limits
         self.child: _Child | None = None
-        self.timeouts = 0
+        self.timeouts, self.hung = 0, 0.0
 
     def __call__(self, windows: list[Window]) -> list[Window]:
+        self.timeouts, self.hung = 0, 0.0
         for window in windows:
-            self.timeouts = 0
             began = time.perf_counter()
             undecided = window.undecided
             decoded = [self._decode(window.images[position]) for position in undecided]
@@ -67,11 +71,16 @@ class Decoder:
     def _decode(self, image: Image) -> np.ndarray | None:
         """Pixels (side, side, 3), or None when the image has become an error."""
         assert image.payload is not None
+        if self.hung >= HANGING_SECONDS:
+            image.fail("decode_timeout", f"not tried: other files have hung for {self.hung:.0f} s")
+            return None
+        began = time.monotonic()
         try:
             answer, pixels = self._ask(image.payload)
         except TimeoutError:
             image.fail("decode_timeout", f"not decoded within {self._deadline():g} s")
             self.timeouts += 1
+            self.hung += time.monotonic() - began
             return None
         except _Crash as crash:
             image.fail("decode_crash", str(crash))
@@ -93,7 +102,7 @@ class Decoder:
             except TimeoutError:
                 self._drop_child()
                 raise
-            except (EOFError, OSError, ValueError):
+            except (EOFError, OSError, ValueError, RecursionError):
                 last = self._drop_child()
         raise _Crash(f"{CRASHES} decoders died on it, the last with {last}")
 
@@ -105,7 +114,7 @@ class Decoder:
         return self.child
 
     def _deadline(self) -> float:
-        """Seconds for the next picture. A window full of files that hang must not look like a stalled run."""
+        """Seconds for the next picture. Windows full of files that hang must not look like a stalled run."""
         seconds = self.limits.decode_seconds
         return seconds if self.timeouts < PATIENCE else min(seconds, 1.0)
 
@@ -153,7 +162,7 @@ class _Child:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", START_SECONDS, 0))
         self.connection = Connection(ours.detach())
-        self.fresh = True
+        self.ready = False
         self.files = 0
 
     def decode(self, payload: bytes, seconds: float) -> tuple[list, np.ndarray | None]:
@@ -162,22 +171,31 @@ class _Child:
         Raises TimeoutError when it takes too long, EOFError or OSError when it has died, ValueError
         when its answer is none.
         """
+        self.wait_until_ready()
         self.files += 1
         request = [self.side, self.limits.max_megapixels * 1_000_000, self.limits.max_frames]
         self.connection.send_bytes(json.dumps(request).encode())
         self.connection.send_bytes(payload)
-        # The first answer includes the interpreter's start.
-        if not self.connection.poll(seconds + (START_SECONDS if self.fresh else 0)):
+        if not self.connection.poll(seconds):
             raise TimeoutError
         answer = json.loads(self.connection.recv_bytes(MAX_ANSWER_BYTES))
         if not isinstance(answer, list) or tuple(map(type, answer)) not in ((str, int, int), (str, str)):
             raise ValueError(f"the decoder answered {str(answer)[:100]!r}")
         if len(answer) == 2 and answer[0] not in get_args(ErrorCode):
             raise ValueError(f"the decoder answered with the unknown code {answer[0][:100]!r}")
-        self.fresh = False
+        if len(answer) == 3 and not all(0 < side < MAX_SIDE for side in answer[1:]):
+            raise ValueError(f"the decoder answered with a picture of {answer[1:]}")
         if len(answer) == 2:
             return answer, None
         return answer, np.frombuffer(self.pixels, np.uint8).reshape(self.side, self.side, 3).copy()
+
+    def wait_until_ready(self) -> None:
+        """The interpreter's start is on no file's account. Raises EOFError."""
+        if self.ready:
+            return
+        if not self.connection.poll(START_SECONDS) or self.connection.recv_bytes(MAX_ANSWER_BYTES) != READY:
+            raise EOFError
+        self.ready = True
 
     def kill(self) -> str:
         """Its exit status and the last line that it wrote."""

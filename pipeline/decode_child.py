@@ -20,13 +20,15 @@ from pipeline.picture import PictureError, decode_picture
 PR_SET_PDEATHSIG = 1
 # Libraries complain of every broken file: enough for a last word, too little to fill a disk.
 MAX_STDERR_BYTES = 1_000_000
+READY = b"ready"
 
 
 def serve(connection: Connection, pixels: mmap.mmap) -> None:
     """Answers each payload with [format, width, height] or [code, detail] until the parent hangs up.
 
-    Answers are JSON: the parent must never unpickle what a subverted decoder sends.
+    Answers are JSON: the parent must never unpickle what a subverted decoder sends. The first is only that it is there.
     """
+    connection.send_bytes(READY)
     while True:
         try:
             side, max_pixels, max_frames = json.loads(connection.recv_bytes())

@@ -1,32 +1,27 @@
 """Takes an object out of everything that complete runs keep of it: tables, manifests, records, reports.
 
-The one exception to "a complete run never changes". A log below ``erasures/`` says which files were
-rewritten and by how many rows, and not which object it was about.
+The one exception to "a complete run never changes". A log below ``erasures/`` says which files are
+rewritten and by how many rows, and not which object it is about.
 """
 
 from __future__ import annotations
 
 import io
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import commit, schema
-from pipeline.errors import UsageError
+from pipeline import commit
+from pipeline.errors import RunError, UsageError
 from pipeline.plan import parse_plan
-from pipeline.report import write_report
+from pipeline.report import report_key, write_report
 from pipeline.sink import table_bytes
 from pipeline.source import manifest_bytes
 from pipeline.store import Store, digest
-
-Listed = tuple[str, pa.Table, pa.Table]
-"""A manifest file that lists the subject: its key, its rows, and those that stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,101 +32,130 @@ class Subject:
     uris: tuple[str, ...] = ()
 
     def rows(self, table: pa.Table) -> pa.ChunkedArray:
-        """Mask of the rows about it. Tables name the uri ``source_uri``, manifests ``uri``."""
-        uri = "source_uri" if "source_uri" in table.column_names else "uri"
+        """Mask of the rows about it."""
         return pc.or_(
             pc.is_in(table["image_id"], pa.array(self.image_ids, pa.string())),
-            pc.is_in(table[uri], pa.array(self.uris, pa.string())),
+            pc.is_in(table[_uri_column(table)], pa.array(self.uris, pa.string())),
         )
+
+
+def _uri_column(table: pa.Table) -> str:
+    """Tables name it ``source_uri``, manifests ``uri``."""
+    return "source_uri" if "source_uri" in table.column_names else "uri"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rewritten:
     path: str
     rows: int
-    """Rows that went."""
+    """Rows that go."""
+    body: bytes | None = field(default=None, repr=False)
+    """The file without them; None for what is made from the tables."""
+    uris: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 def erase(store: Store, subject: Subject, *, dry_run: bool) -> list[Rewritten]:
     """Rewrites what holds the subject. Raises UsageError, before anything is touched, when an unfinished run does.
 
-    Can be repeated: an erasure that was interrupted is finished by the next.
+    Can be repeated: an erasure that was interrupted is finished by the next. Raises RunError when a table is not
+    what its record says.
     """
-    runs = [run for run in store.folders("_state") if commit.read_frozen(store, run)]
-    done = {run: commit.read_json(store, commit.record_key(run)) for run in runs}
-    for run, record in done.items():
-        if record is None and any(_manifests(store, run, subject)):
+    complete = {key.removeprefix("runs/").removesuffix(".json") for key in store.sizes("runs") if key.count("/") == 1}
+    for run in sorted({*store.folders("_state"), *store.folders("_attempts")} - complete):
+        if any(_holds(store, key, subject) for key in _parquet(store, run)):
             raise UsageError(
                 f"run {run!r} lists the object and is not complete: finish it with jobs.scan --run-id {run}, or give "
                 f"it up with jobs.clean --abandon {run}, then erase"
             )
-    rewritten: list[Rewritten] = []
-    for run, record in done.items():
-        if record is not None:
-            rewritten += _erase_from_run(store, run, record, subject, dry_run=dry_run)
+    known = _digests_of_erasures(store)
+    changes = {run: _changes_in_run(store, run, subject, known) for run in sorted(complete)}
+    rewritten = [change for found in changes.values() for change in found]
     if rewritten and not dry_run:
+        # The log first: with it an erasure that stops half-way is known, and its files' new digests are.
         _log(store, rewritten)
+        for run, found in changes.items():
+            if found:
+                _rewrite(store, run, found, subject)
     return rewritten
 
 
-def _erase_from_run(
-    store: Store, run: str, record: dict[str, Any], subject: Subject, *, dry_run: bool
-) -> list[Rewritten]:
-    """Tables first, then the record and the report that are made from them, and the manifest last.
-
-    While the manifest still lists the object, an erasure that is started again finds the run.
-    """
-    manifests = list(_manifests(store, run, subject))
-    if not manifests:
-        return []
-    rewritten = []
+def _changes_in_run(store: Store, run: str, subject: Subject, known: set[str]) -> list[Rewritten]:
+    """Files that hold the subject, and those that are made from the tables when any has changed."""
+    record = commit.read_json(store, commit.record_key(run))
+    assert record is not None
+    found: list[Rewritten] = []
+    stale = False
     for file in record["files"]:
         body = store.read(file["path"])
-        table = pq.read_table(io.BytesIO(body))
-        kept = table.filter(pc.invert(subject.rows(table)))
-        if kept.num_rows < table.num_rows:
-            rewritten.append(Rewritten(path=file["path"], rows=table.num_rows - kept.num_rows))
-            body = table_bytes(kept)
-            if not dry_run:
-                store.write(file["path"], body)
-        # Also of a file that an erasure rewrote which got no further.
-        file |= {"rows": kept.num_rows, "bytes": len(body), "sha256": digest(body)}
-    rewritten += [Rewritten(path=path, rows=0) for path in _derived(run)]
-    rewritten += [Rewritten(path=key, rows=rows.num_rows - kept.num_rows) for key, rows, kept in manifests]
-    if not dry_run:
-        _forget_missed(record, subject, manifests)
-        commit.write_json(store, commit.record_key(run), record)
-        commit.write_json(store, commit.status_key(run), record)
-        write_report(store, record, parse_plan(record["plan"], run), None, thumbnails=False)
-        store.delete(list(store.sizes(commit.attempts_prefix(run))))
-        for key, _, kept in manifests:
-            store.write(key, manifest_bytes(kept))
-    return rewritten
+        stale |= digest(body) != file["sha256"]
+        if digest(body) not in {file["sha256"], *known}:
+            raise RunError(f"{file['path']} is not what the record of run {run!r} says: somebody has changed it")
+        change = _without(file["path"], body, subject)
+        if change:
+            found.append(change)
+    for key in _parquet(store, run):
+        change = _without(key, store.read(key), subject)
+        if change:
+            found.append(change)
+    derived = [commit.record_key(run), commit.status_key(run), report_key(run), f"runs/{run}/failure.txt"]
+    return [*found, *(Rewritten(path=path, rows=0) for path in derived)] if found or stale else []
 
 
-def _derived(run: str) -> list[str]:
-    """What is made from the tables, and so is made again."""
-    return [commit.record_key(run), commit.status_key(run), f"runs/{run}/report.html"]
+def _without(path: str, body: bytes, subject: Subject) -> Rewritten | None:
+    table = pq.read_table(io.BytesIO(body))
+    gone = subject.rows(table)
+    removed = pc.sum(gone).as_py() or 0
+    if not removed:
+        return None
+    kept = table.filter(pc.invert(gone))
+    content = manifest_bytes(kept) if path.startswith("_state/") else table_bytes(kept)
+    uris = table.filter(gone)[_uri_column(table)].to_pylist()
+    return Rewritten(path=path, rows=removed, body=content, uris=frozenset(uris))
 
 
-def _manifests(store: Store, run: str, subject: Subject) -> Iterator[Listed]:
-    for key in store.sizes(commit.state_prefix(run)):
-        if key.endswith(".parquet"):
-            rows = pq.read_table(io.BytesIO(store.read(key)), schema=schema.MANIFEST)
-            kept = rows.filter(pc.invert(subject.rows(rows)))
-            if kept.num_rows < rows.num_rows:
-                yield key, rows, kept
-
-
-def _forget_missed(record: dict[str, Any], subject: Subject, manifests: list[Listed]) -> None:
-    """Violating images that a labelled run missed are named in its record."""
+def _rewrite(store: Store, run: str, changes: list[Rewritten], subject: Subject) -> None:
+    for change in changes:
+        if change.body is not None:
+            store.write(change.path, change.body)
+    record = commit.read_json(store, commit.record_key(run))
+    assert record is not None
+    for file in record["files"]:
+        body = store.read(file["path"])
+        rows = pq.read_metadata(io.BytesIO(body)).num_rows
+        file |= {"rows": rows, "bytes": len(body), "sha256": digest(body)}
     if record["quality"]:
-        gone = {uri for _, rows, _ in manifests for uri in rows.filter(subject.rows(rows))["uri"].to_pylist()}
+        # Violating images that a labelled run missed are named in its record.
+        gone = {*subject.uris, *(uri for change in changes for uri in change.uris)}
         record["quality"]["missed"] = [uri for uri in record["quality"]["missed"] if uri not in gone]
+    commit.write_json(store, commit.status_key(run), record)
+    write_report(store, record, parse_plan(record["plan"], run), None, thumbnails=False)
+    if store.exists(f"runs/{run}/failure.txt"):
+        store.delete([f"runs/{run}/failure.txt"])
+    commit.sweep_attempts(store, run)
+    # Last: until the record names the new digests, the next erasure does all of this again.
+    commit.write_json(store, commit.record_key(run), record)
+
+
+def _parquet(store: Store, run: str) -> list[str]:
+    """Manifests and attempts of a run, those of a start that came to nothing included."""
+    found = store.sizes(commit.state_prefix(run)) | store.sizes(commit.attempts_prefix(run))
+    return [key for key in found if key.endswith(".parquet")]
+
+
+def _holds(store: Store, key: str, subject: Subject) -> bool:
+    return _without(key, store.read(key), subject) is not None
+
+
+def _digests_of_erasures(store: Store) -> set[str]:
+    logs = (commit.read_json(store, key) for key in store.sizes("erasures"))
+    return {file["sha256"] for log in logs if log for file in log["files"] if file["sha256"]}
 
 
 def _log(store: Store, rewritten: list[Rewritten]) -> None:
     moment = datetime.now(UTC)
-    files = [{"path": file.path, "rows_removed": file.rows} for file in rewritten]
+    files = [
+        {"path": file.path, "rows_removed": file.rows, "sha256": digest(file.body) if file.body is not None else None}
+        for file in rewritten
+    ]
     key = f"erasures/{moment:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}.json"
-    commit.write_json(store, key, {"erased_at": moment.isoformat(), "files": files})
+    commit.write_json(store, key, {"begun_at": moment.isoformat(), "files": files})

@@ -7,3 +7,7 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The run began and could not be completed: exit code 1."""
+
+
+class StoreError(OSError):
+    """A store did not do what it was asked, in spite of patience. The message is one line without credentials."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import obstore
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -19,7 +18,7 @@ from pipeline.fetch import Fetcher
 from pipeline.plan import Preparation
 from pipeline.schema import LABELS
 from pipeline.source import DEFAULT_EXCLUDE, list_source
-from pipeline.storage import parse_uri, read_object
+from pipeline.storage import parse_uri, read_object, reason
 from pipeline.window import Image, Window
 
 
@@ -30,8 +29,8 @@ def read_labels(uri: str, endpoint_url: str | None = None) -> pa.Table:
         table = table.select(LABELS.names).cast(LABELS)
     except FileNotFoundError as error:
         raise UsageError(f"labels {uri}: no such file") from error
-    except (KeyError, ValueError, pa.ArrowException, obstore.exceptions.BaseError) as error:
-        raise UsageError(f"labels {uri}: wanted Parquet with {', '.join(LABELS.names)}; {error}") from error
+    except (KeyError, ValueError, OSError, pa.ArrowException) as error:
+        raise UsageError(f"labels {uri}: wanted Parquet with {', '.join(LABELS.names)}; {reason(error)}") from error
     values = set(pc.unique(table["label"]).to_pylist())
     if not values <= {0, 1}:
         raise UsageError(f"labels {uri}: labels are {sorted(values, key=str)}, but only 0 and 1 are labels")

@@ -7,12 +7,14 @@ it can check. A request that fails for a reason that may pass is sent again unti
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import io
 import os
 import re
 import time
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,19 +22,23 @@ import obstore
 import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, ReadTimeoutError
 from botocore.exceptions import ConnectTimeoutError as BotoConnectTimeoutError
-from obstore.exceptions import BaseError, NotFoundError
+from botocore.response import StreamingBody
+from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
 from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
+from urllib3.exceptions import HTTPError
 
 from pipeline.errors import UsageError
 from pipeline.plan import Preparation
 from pipeline.source import file_etag
-from pipeline.storage import DENIED, Location, is_plain_key, open_bucket, parse_uri, reason, s3_client
+from pipeline.storage import Location, is_plain_key, open_bucket, parse_uri, reason, s3_client
 from pipeline.store import Store
 from pipeline.window import Image, Window, Work
 
 OPERATOR = "fetch"
 TRIES = 3
-"""An image's deadline has room for this many requests that stall."""
+"""Requests that stall for which an image's deadline has room."""
+CHUNK_BYTES = 1 << 16
+PASSING_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 LONGEST_PAUSE = 10.0
 HASTE_SECONDS = 5.0
 """Deadline of a window's other images once a whole round of requests has used up theirs: the store is down."""
@@ -72,6 +78,8 @@ class Fetcher:
         self.endpoint_url = endpoint_url
         self.limits = limits
         self.overdue = 0
+        # Not asyncio's own: that one has few threads, and waits at the end for those that hang.
+        self.threads = ThreadPoolExecutor(2 * limits.fetch_concurrency)
         # Buckets with objects under a KMS key: their etags look like an MD5 and are none.
         self.encrypted: set[str] = set()
 
@@ -127,68 +135,75 @@ class Fetcher:
             seconds = min(seconds, HASTE_SECONDS)
         attempts = AsyncRetrying(
             retry=retry_if_exception(lambda error: isinstance(error, FetchError) and error.may_pass),
-            stop=stop_before_delay(seconds * (TRIES - 1) / TRIES),
-            wait=wait_random_exponential(multiplier=0.25, max=min(LONGEST_PAUSE, seconds / TRIES)),
+            stop=stop_before_delay(seconds),
+            wait=wait_random_exponential(multiplier=0.25, max=min(LONGEST_PAUSE, seconds / 10)),
             reraise=True,
         )
+        end = time.monotonic() + seconds
         try:
-            return await attempts(self._try, location, image, limit, seconds / TRIES)
+            return await attempts(self._try, location, image, limit, seconds / TRIES, end)
         except FetchError as error:
             self.overdue += error.may_pass
             raise
 
-    async def _try(self, location: Location, image: Image, limit: int, seconds: float) -> bytes:
+    async def _try(self, location: Location, image: Image, limit: int, seconds: float, end: float) -> bytes:
+        seconds = max(0.1, min(seconds, end - time.monotonic()))
         try:
             async with asyncio.timeout(seconds):
-                payload = await self._read(location, image, limit)
+                payload = await self._read(location, image, limit, seconds)
         except TimeoutError as error:
             raise FetchError("fetch_timeout", f"no whole answer within {seconds:.3g} s", may_pass=True) from error
         if image.size_bytes is not None and len(payload) != image.size_bytes:
             raise FetchError("fetch_short", f"{len(payload):,} bytes came of {image.size_bytes:,}")
         return payload
 
-    async def _read(self, location: Location, image: Image, limit: int) -> bytes:
+    async def _read(self, location: Location, image: Image, limit: int, seconds: float) -> bytes:
+        in_thread = partial(asyncio.get_running_loop().run_in_executor, self.threads)
         if location.bucket is None:
-            return await asyncio.to_thread(_read_file, location, image.etag)
+            return await in_thread(_read_file, location, image.etag, limit)
         # Of an object that came in parts the etag is no digest of its bytes, but boto3 checks the store's checksum.
         if not is_plain_key(location.key) or "-" in (image.etag or ""):
-            return await asyncio.to_thread(self._get_by_boto3, location, image, limit)
+            return await in_thread(self._get_by_boto3, location, image, limit, seconds)
         payload, found = await self._get(location, image, limit)
         if location.bucket in self.encrypted or _agrees(payload, found):
             return payload
-        return await asyncio.to_thread(self._get_by_boto3, location, image, limit)
+        return await in_thread(self._get_by_boto3, location, image, limit, seconds)
 
     async def _get(self, location: Location, image: Image, limit: int) -> tuple[bytes, str | None]:
         """The object's bytes and the etag that came with them."""
         assert location.bucket is not None
-        store = open_bucket(location.bucket, None, self.endpoint_url)
         try:
+            store = open_bucket(location.bucket, None, self.endpoint_url)
             response = await obstore.get_async(store, location.key)
             found = response.meta["e_tag"]
             _check_object(found, response.meta["size"], image, limit)
             return bytes(await response.bytes_async()), found
         except (FileNotFoundError, NotFoundError) as error:
             raise FetchError("fetch_not_found", "gone since it was listed") from error
-        except DENIED as error:
+        except PermissionDeniedError as error:
             raise FetchError("fetch_denied", reason(error)) from error
+        except (UnauthenticatedError, ValueError) as error:
+            # ValueError: boto3 finds no credentials. Services that hand them out have their moments.
+            raise FetchError("fetch_denied", reason(error), may_pass=True) from error
         except (BaseError, OSError) as error:
             raise _passing(error) from error
 
-    def _get_by_boto3(self, location: Location, image: Image, limit: int) -> bytes:
-        """One request. boto3 compares the bytes with the checksum that the store keeps, where it keeps one."""
+    def _get_by_boto3(self, location: Location, image: Image, limit: int, seconds: float) -> bytes:
+        """One request. boto3 compares the bytes with the checksum that the store keeps of them, where it keeps one."""
         assert location.bucket is not None
-        client = s3_client(self.endpoint_url, attempts=1)
+        end = time.monotonic() + seconds
+        client = s3_client(self.endpoint_url, attempts=1, read_seconds=max(1.0, self.limits.fetch_seconds / TRIES))
         try:
             response = client.get_object(Bucket=location.bucket, Key=location.key)
             _check_object(response["ETag"], response["ContentLength"], image, limit)
-            payload = response["Body"].read()
+            payload = _read_until(response["Body"], end)
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
             code = {404: "fetch_not_found", 403: "fetch_denied", 401: "fetch_denied"}.get(status)
             if code:
                 raise FetchError(code, reason(error)) from error
             raise _passing(error) from error
-        except (BotoCoreError, OSError) as error:
+        except (BotoCoreError, HTTPError, OSError) as error:
             raise _passing(error) from error
         if "kms" in response.get("ServerSideEncryption", "") or response.get("SSECustomerAlgorithm"):
             self.encrypted.add(location.bucket)
@@ -216,7 +231,7 @@ def _agrees(payload: bytes, etag: str | None) -> bool:
 def _passing(error: Exception) -> FetchError:
     """What a server or a connection does wrong once it may do right a moment later."""
     text = reason(error)
-    if isinstance(error, (ReadTimeoutError, BotoConnectTimeoutError)):
+    if isinstance(error, (ReadTimeoutError, BotoConnectTimeoutError, TimeoutError)):
         return FetchError("fetch_timeout", text, may_pass=True)
     if isinstance(error, FlexibleChecksumError):
         return FetchError("fetch_corrupt", text, may_pass=True)
@@ -224,11 +239,26 @@ def _passing(error: Exception) -> FetchError:
     return FetchError("fetch_throttled" if throttled else "fetch_failed", text, may_pass=True)
 
 
-def _read_file(location: Location, etag: str | None) -> bytes:
+def _read_until(body: StreamingBody, end: float) -> bytes:
+    """The whole body, unless it dribbles. Raises TimeoutError."""
+    chunks = []
+    # At its end the body raises when it was shorter than announced, or is not what its checksum says.
+    while chunk := body.read(CHUNK_BYTES):
+        if time.monotonic() > end:
+            body.close()
+            raise TimeoutError("the body came too slowly")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _read_file(location: Location, etag: str | None, limit: int) -> bytes:
     try:
         path = Path(location.key)
         if path.exists() and not path.is_file():
             raise FetchError("fetch_failed", "not a regular file")
+        size = os.stat(path).st_size
+        if size > limit:
+            raise FetchError("too_large", f"{size:,} bytes are over the limit of {limit:,}")
         payload = path.read_bytes()
         now = file_etag(os.stat(path))
     except FileNotFoundError as error:
@@ -236,7 +266,8 @@ def _read_file(location: Location, etag: str | None) -> bytes:
     except PermissionError as error:
         raise FetchError("fetch_denied", error.strerror or "permission denied") from error
     except (OSError, ValueError) as error:
-        raise FetchError("fetch_failed", str(error)) from error
+        passing = isinstance(error, OSError) and error.errno in PASSING_ERRNOS
+        raise FetchError("fetch_failed", str(error), may_pass=passing) from error
     if etag and now != etag:
         raise FetchError("fetch_changed", "written to since it was listed")
     return payload

@@ -1,7 +1,8 @@
 """How the undecided images of a window are put into groups.
 
 Groups are formed inside a window, from the images no earlier stage has cleared, in ordinal order. An
-image that ended in an error keeps its place as a hole: it moves no other into another group.
+image that failed before any test keeps its place as a hole in the first stage: it moves no other into
+another group there. Behind a stage that clears most images it would hardly have been there, and leaves none.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def form_groups(window: Window, spec: StageSpec, *, across: bool = False) -> lis
     column. In a window of at least as many groups as a group has members, no two images meet twice.
     """
     size = spec.rounds[0]
-    found = [position for position, image in enumerate(window.images) if image.outcome in (None, "error")]
+    began = any(image.tests for image in window.images)
+    found = [position for position, image in enumerate(window.images) if _has_place(image, began=began)]
     places: list[int | None] = [*found, *[None] * (-len(found) % size)]
     mark = ""
     if across:
@@ -57,6 +59,11 @@ def form_groups(window: Window, spec: StageSpec, *, across: bool = False) -> lis
         if group.size:
             groups.append(group)
     return groups
+
+
+def _has_place(image: Image, *, began: bool) -> bool:
+    """Whether it is undecided, or a hole: in the first stage that tests, and later if it was among the survivors."""
+    return image.outcome is None or (image.outcome == "error" and (bool(image.tests) or not began))
 
 
 def slots(groups: list[Group], size: int) -> Iterator[tuple[int, Group, int]]:

@@ -37,16 +37,17 @@ class Quality:
         return asdict(self)
 
 
-def judge_run(store: Store, ledger_paths: list[str], labels: pa.Table) -> Quality:
-    """Joins the ledger, file by file, with labels (uri, category, label)."""
+def judge_run(store: Store, ledgers: list[dict[str, Any]], labels: pa.Table) -> Quality:
+    """Joins the ledger, file by file as the run record names them, with labels (uri, category, label)."""
     counts = dict.fromkeys(("positives", "hits", "negatives", "false", "unlabelled"), 0)
     missed: list[str] = []
     with duckdb.connect() as connection:
         connection.register("labels", labels)
         connection.execute("CREATE TABLE truth AS SELECT uri, max(label) AS violating FROM labels GROUP BY uri")
-        for path in ledger_paths:
+        for file in ledgers:
             columns = ["source_uri", "outcome"]
-            connection.register("ledger", pq.read_table(io.BytesIO(store.read(path)), columns=columns))
+            body = io.BytesIO(store.read(file["path"], file["sha256"]))
+            connection.register("ledger", pq.read_table(body, columns=columns))
             joined = "ledger LEFT JOIN truth ON source_uri = uri"
             row = connection.execute(
                 f"""SELECT count(*) FILTER (violating = 1), count(*) FILTER (violating = 1 AND outcome = 'flagged'),

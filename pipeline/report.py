@@ -50,11 +50,11 @@ def write_report(
     ``thumbnails`` fetches the flagged pictures it shows once more; what cannot be shown says why.
     """
     scores, best = Scores(plan.stages), schema.FLAGGED.empty_table().select(TOP_COLUMNS)
-    for path in _paths(record, "ledger"):
+    for file in _files(record, "ledger"):
         columns = ["decided_stage", "decided_round", "group_score"]
-        scores.add("cleared", _read(store, path, columns, pc.field("outcome") == "cleared"))
-    for path in _paths(record, "flagged"):
-        table = _read(store, path, [*TOP_COLUMNS, "stages"])
+        scores.add("cleared", _read(store, file, columns, pc.field("outcome") == "cleared"))
+    for file in _files(record, "flagged"):
+        table = _read(store, file, [*TOP_COLUMNS, "stages"])
         history = pa.Table.from_struct_array(pc.list_flatten(table["stages"]))
         scores.add("flagged", history.select(["stage", "round", "score"]))
         best = pa.concat_tables([best, table.select(TOP_COLUMNS)])
@@ -79,15 +79,19 @@ def write_report(
         top=top,
         thumbnails=_thumbnails(top, plan, endpoint_url) if thumbnails else None,
     )  # fmt: skip
-    return store.write(f"runs/{record['run_id']}/report.html", page.encode())
+    return store.write(report_key(record["run_id"]), page.encode())
 
 
-def _paths(record: dict[str, Any], table: str) -> list[str]:
-    return [file["path"] for file in record["files"] if file["path"].startswith(f"{table}/") and file["rows"]]
+def report_key(run_id: str) -> str:
+    return f"runs/{run_id}/report.html"
 
 
-def _read(store: Store, path: str, columns: list[str], rows: pc.Expression | None = None) -> pa.Table:
-    return pq.read_table(io.BytesIO(store.read(path)), columns=columns, filters=rows)
+def _files(record: dict[str, Any], table: str) -> list[dict[str, Any]]:
+    return [file for file in record["files"] if file["path"].startswith(f"{table}/") and file["rows"]]
+
+
+def _read(store: Store, file: dict[str, Any], columns: list[str], rows: pc.Expression | None = None) -> pa.Table:
+    return pq.read_table(io.BytesIO(store.read(file["path"], file["sha256"])), columns=columns, filters=rows)
 
 
 def _funnel(record: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -21,14 +21,14 @@ from obstore.exceptions import BaseError
 from pipeline import commit
 from pipeline.cluster import ray_session
 from pipeline.commit import Ledger
-from pipeline.errors import RunError, UsageError
+from pipeline.errors import RunError, StoreError, UsageError
 from pipeline.examples import read_labels
 from pipeline.flow import Destination, pools, stream, window_refs
 from pipeline.plan import Plan, load_plan
 from pipeline.preflight import Models, check_apart, check_models, check_output, check_readable
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
-from pipeline.report import write_report
+from pipeline.report import report_key, write_report
 from pipeline.retry import list_failed, read_parent
 from pipeline.source import DEFAULT_EXCLUDE, Manifest, Shard, build_manifest, list_source
 from pipeline.storage import check_endpoint, reason, redact, storage_errors_as_usage
@@ -118,16 +118,17 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
         check_output(store)
         run_id = config.run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
         labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
-        frozen = commit.read_frozen(store, run_id)
-        if frozen is None:
-            frozen = _start(config, store, run_id, plan, models)
-        _check_same_run(frozen, config, run_id, plan, models)
+        # The record first: of a complete run the state may have been removed.
         record = commit.read_json(store, commit.record_key(run_id))
-        if record:
-            add_report(store, record, plan, config)
-            return record
-        driver = Driver(config, store, run_id, frozen, plan, models)
-    return driver.run(labels, began)
+        if record is None:
+            frozen = commit.read_frozen(store, run_id) or _start(config, store, run_id, plan, models)
+        _check_same_run(record or frozen, config, run_id, plan, models)
+        if record is None:
+            driver = Driver(config, store, run_id, frozen, plan, models)
+    if record is None:
+        record = driver.run(labels, began)
+    finish(store, record, plan, config)
+    return record
 
 
 def _start(config: ScanConfig, store: Store, run_id: str, plan: Plan, models: Models) -> dict[str, Any]:
@@ -184,10 +185,21 @@ def _check_same_run(frozen: dict[str, Any], config: ScanConfig, run_id: str, pla
             raise UsageError(f"run {run_id!r} was started with {what} {then}, not {now}; give another --run-id")
 
 
-def add_report(store: Store, record: dict[str, Any], plan: Plan, config: ScanConfig) -> None:
-    """Writes the report of a complete run that has none."""
-    if not store.exists(f"runs/{record['run_id']}/report.html"):
-        write_report(store, record, plan, config.endpoint_url, thumbnails=config.report_thumbnails)
+def finish(store: Store, record: dict[str, Any], plan: Plan, config: ScanConfig) -> None:
+    """What follows from a complete run's record: its status, its report, and that nobody needs its attempts.
+
+    A driver that died before this is made up for when the run is started again. Raises RunError.
+    """
+    run_id = record["run_id"]
+    try:
+        if (commit.read_json(store, commit.status_key(run_id)) or {}).get("status") != "complete":
+            commit.write_json(store, commit.status_key(run_id), record)
+        if not store.exists(report_key(run_id)):
+            write_report(store, record, plan, config.endpoint_url, thumbnails=config.report_thumbnails)
+        commit.sweep_attempts(store, run_id)
+    except Exception as error:
+        again = f"start it again with --run-id {run_id} for what is missing"
+        raise RunError(f"run {run_id!r} is complete, but could not be finished: {_one_line(error)}; {again}") from error
 
 
 class Driver:
@@ -212,13 +224,7 @@ class Driver:
             self._write_status("running", began)
             startup = self._stream(began)
             record = self._record("complete", began, startup, self._judge(labels))
-            record = self.ledger.complete(record)
-            # The run is complete and stands. Started again, it writes the report that a failure here leaves out.
-            add_report(self.store, record, self.plan, self.config)
-        with suppress(BaseError, OSError):
-            self._write_status("complete", began)
-            self.ledger.sweep_attempts()
-        return record
+            return self.ledger.complete(record)
 
     def _stream(self, began: float) -> float | None:
         """Scans the pending shards; seconds until the first windows had been decided."""
@@ -253,8 +259,8 @@ class Driver:
     def _judge(self, labels: pa.Table | None) -> dict[str, Any] | None:
         if labels is None:
             return None
-        paths = [file["path"] for file in self.ledger.files if file["path"].startswith("ledger/")]
-        return judge_run(self.store, paths, labels).to_json()
+        ledgers = [file for file in self.ledger.files if file["path"].startswith("ledger/")]
+        return judge_run(self.store, ledgers, labels).to_json()
 
     def _write_status(self, status: str, began: float, **more: Any) -> None:
         commit.write_json(self.store, commit.status_key(self.run_id), self._record(status, began, None, None) | more)
@@ -309,7 +315,7 @@ def _one_line(error: BaseException) -> str:
         error = error.cause
     if isinstance(error, (RunError, UsageError)):
         return str(error).splitlines()[0]  # Ray adds advice of its own
-    if isinstance(error, (BaseError, ClientError, BotoCoreError)):
+    if isinstance(error, (StoreError, BaseError, ClientError, BotoCoreError)):
         return f"storage: {reason(error)}"
     lines = [line for line in redact(str(error)).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__

@@ -82,7 +82,9 @@ def list_source(source: str, exclude: tuple[str, ...], endpoint_url: str | None)
         rows = _list_s3(location, endpoint_url)
     for row in rows:
         name = row["uri"].rsplit("/", 1)[-1]
-        if name and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+        if not name and not row["size_bytes"]:
+            continue  # consoles make such objects to show a folder; with content it is an object like any other
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
             yield row
 
 

@@ -29,12 +29,11 @@ from obstore.exceptions import (
     NotFoundError,
     PermissionDeniedError,
     PreconditionError,
-    UnauthenticatedError,
 )
 from obstore.store import S3Store
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from pipeline.errors import UsageError
+from pipeline.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -42,13 +41,13 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10
 READ_SECONDS = 60
+CREDENTIAL_TTL = timedelta(minutes=10)
 READ_PATIENCE = 20.0
 """Seconds for which a single read of a file that the user named is tried again."""
 LISTING_THREADS = 16
 LISTING_DEPTH = 3
 ANSWERS = (FileNotFoundError, NotFoundError, AlreadyExistsError, PreconditionError)
 """What a store says when it works."""
-DENIED = (PermissionDeniedError, UnauthenticatedError)
 # What errors of S3 servers and of clients say of the caller's credentials.
 SECRETS = re.compile(
     r"<(AWSAccessKeyId|StringToSign|StringToSignBytes|SignatureProvided|CanonicalRequest|CanonicalRequestBytes)>.*?(</\1>|$)"
@@ -57,6 +56,9 @@ SECRETS = re.compile(
     r"|(?<=://)[^/\s@]+@",
     re.DOTALL,
 )
+
+# obstore's preface to an error, with an address that repeats the key; what matters comes after it.
+PERFORMED = re.compile(r"Error performing (\w+) \S+ in \S+ - ")
 
 T = TypeVar("T")
 
@@ -95,11 +97,11 @@ def is_plain_key(key: str) -> bool:
 
 
 @lru_cache(maxsize=8)
-def s3_client(endpoint_url: str | None, attempts: int = 4) -> S3Client:
+def s3_client(endpoint_url: str | None, attempts: int = 4, read_seconds: float = READ_SECONDS) -> S3Client:
     """A boto3 client; path-style addresses whenever an endpoint is given, as most servers want."""
     config = Config(
         connect_timeout=CONNECT_SECONDS,
-        read_timeout=READ_SECONDS,
+        read_timeout=read_seconds,
         retries={"total_max_attempts": attempts, "mode": "standard"},
         max_pool_connections=64,
         s3={"addressing_style": "path" if endpoint_url else "auto"},
@@ -119,7 +121,8 @@ def open_bucket(bucket: str, prefix: str | None, endpoint_url: str | None, **opt
         bucket,
         prefix=prefix or None,
         region=region(),
-        credential_provider=Boto3CredentialProvider(),
+        # A role's credentials may end sooner than obstore would ask again by itself.
+        credential_provider=Boto3CredentialProvider(ttl=CREDENTIAL_TTL),
         client_options={
             "allow_http": bool(endpoint_url and endpoint_url.startswith("http://")),
             "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
@@ -134,7 +137,10 @@ def open_bucket(bucket: str, prefix: str | None, endpoint_url: str | None, **opt
 def patiently(
     request: Callable[[], T], seconds: float, final: tuple[type[Exception], ...] = ANSWERS, longest_pause: float = 15.0
 ) -> T:
-    """Tries a request again, with growing random pauses, until it gets through, fails finally or time is up."""
+    """Tries a request again, with growing random pauses, until it gets through, fails finally or time is up.
+
+    Raises what is final as it is, and StoreError with the redacted reason for the rest: it may go into a log.
+    """
     attempts = Retrying(
         retry=retry_if_exception(
             lambda error: isinstance(error, (BaseError, OSError)) and not isinstance(error, final)
@@ -143,7 +149,12 @@ def patiently(
         wait=wait_random_exponential(multiplier=0.5, max=longest_pause),
         reraise=True,
     )
-    return attempts(request)
+    try:
+        return attempts(request)
+    except final:
+        raise
+    except BaseError as error:
+        raise StoreError(reason(error)) from None
 
 
 def list_side_by_side(location: Location, endpoint_url: str | None) -> Iterator[ObjectTypeDef]:
@@ -196,7 +207,7 @@ def reason(error: Exception) -> str:
     name = type(error).__name__
     if name == "NoCredentialsError":
         return "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
-    text = str(error).split("\n\nDebug source")[0]
+    text = PERFORMED.sub(r"\1: ", str(error).split("\n\nDebug source")[0])
     return " ".join(redact(text).split())[:300] or name
 
 
@@ -228,8 +239,11 @@ def read_object(location: Location, endpoint_url: str | None) -> bytes:
         return Path(location.key).read_bytes()
     if is_plain_key(location.key):
         store = open_bucket(location.bucket, None, endpoint_url)
-        final = (*ANSWERS, *DENIED)
-        return patiently(lambda: bytes(obstore.get(store, location.key).bytes()), READ_PATIENCE, final)
+        final = (*ANSWERS, PermissionDeniedError)
+        try:
+            return patiently(lambda: bytes(obstore.get(store, location.key).bytes()), READ_PATIENCE, final)
+        except PermissionDeniedError as error:
+            raise StoreError(reason(error)) from None
     try:
         return s3_client(endpoint_url).get_object(Bucket=location.bucket, Key=location.key)["Body"].read()
     except ClientError as error:

@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import LocalStore, S3Store
 
-from pipeline.errors import UsageError
+from pipeline.errors import StoreError, UsageError
 from pipeline.storage import open_bucket, parse_uri, patiently, reason
 
 T = TypeVar("T")
@@ -55,12 +55,12 @@ class Store:
         return f"{self.uri}/{key}"
 
     def read(self, key: str, sha256: str | None = None) -> bytes:
-        """Raises FileNotFoundError. Bytes of another digest than is expected are read again, and raise OSError."""
+        """Raises FileNotFoundError. Bytes of another digest than is expected are read again, and raise StoreError."""
 
         def get() -> bytes:
             body = bytes(obstore.get(self._client, key).bytes())
             if sha256 is not None and digest(body) != sha256:
-                raise OSError(f"{self.uri_of(key)}: what came is not what was written")
+                raise StoreError(f"{self.uri_of(key)}: what came is not what was written")
             return body
 
         return self._patiently(get)
@@ -82,7 +82,10 @@ class Store:
             return True
         try:
             obstore.put(self._client, key, body, mode="create")
-        except (AlreadyExistsError, PreconditionError):
+        except (AlreadyExistsError, PreconditionError) as error:
+            if not self.exists(key):
+                # S3's "conflict": another PUT of this key was under way, and has not come to an end.
+                raise StoreError(f"{self.uri_of(key)} is being written by another: {reason(error)}") from None
             return False
         return True
 
@@ -162,7 +165,7 @@ def check_writable(store: Store) -> None:
 def _creates(store: Store, key: str) -> bool:
     try:
         return store.create(key, b"dorfman was here twice")
-    except BaseError as error:
-        if "501" in str(error) or "NotImplemented" in str(error):
+    except OSError as error:
+        if "501 Not Implemented" in str(error) or "NotImplemented" in str(error):
             return True  # it does not even take the condition
         raise

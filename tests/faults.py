@@ -17,7 +17,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-Fault = Literal["503", "500", "403", "404", "reset", "lost", "short", "stall", "flip"]
+Fault = Literal["503", "500", "403", "404", "reset", "lost", "short", "stall", "flip", "slow", "dribble"]
 PASSING: tuple[Fault, ...] = ("503", "500", "reset", "lost", "short", "stall", "flip")
 """Faults after which the same request can succeed. ``lost``: the server did it, and nobody heard."""
 STATUS_BODIES = {"503": "SlowDown", "500": "InternalError", "403": "AccessDenied", "404": "NoSuchKey"}
@@ -31,7 +31,13 @@ class Faults:
     """Of the requests that ``matches`` picks, by kind of fault."""
     matches: Callable[[str, str], bool] = lambda method, key: method == "GET"
     """Of (method, key within the bucket)."""
+    watches: Callable[[web.Request], object] = lambda request: None
+    """Sees every request."""
     stall_seconds: float = 30.0
+    slow_seconds: float = 1.0
+    """What a slow answer takes to begin, or a dribbling one to end."""
+    refusal: str = ""
+    """What a 403 says besides its code."""
     seed: int = 0
     forgets_conditions: bool = False
     """Whether a PUT loses its If-None-Match on the way, as in a store that does not know it."""
@@ -98,9 +104,10 @@ async def _answer(
 ) -> web.StreamResponse:
     body = await request.read()
     key = unquote(request.raw_path.partition("?")[0]).lstrip("/").partition("/")[2]
+    faults.watches(request)
     fault = faults.draw(request.method, key)
     if fault in STATUS_BODIES:
-        text = f"<Error><Code>{STATUS_BODIES[fault]}</Code><Message>injected</Message></Error>"
+        text = f"<Error><Code>{STATUS_BODIES[fault]}</Code><Message>injected</Message>{faults.refusal}</Error>"
         return web.Response(status=int(fault), text=text, content_type="application/xml")
     if fault == "reset":
         return _hang_up(request)
@@ -121,6 +128,8 @@ async def _answer(
         if fault == "flip" and payload:
             position = faults.random.randrange(len(payload))
             payload = payload[:position] + bytes([payload[position] ^ 0x40]) + payload[position + 1 :]
+        if fault == "slow":
+            await asyncio.sleep(faults.slow_seconds)
         response = web.StreamResponse(status=answer.status, headers=kept)
         await response.prepare(request)
         if fault in ("short", "stall") and payload:
@@ -128,8 +137,13 @@ async def _answer(
             if fault == "stall":
                 await asyncio.sleep(faults.stall_seconds)
             return _hang_up(request, response)
-        await response.write(payload)
         with suppress(ConnectionError):
+            if fault == "dribble":
+                for start in range(0, len(payload), 1 + len(payload) // 100):
+                    await response.write(payload[start : start + 1 + len(payload) // 100])
+                    await asyncio.sleep(faults.slow_seconds / 100)
+            else:
+                await response.write(payload)
             await response.write_eof()
         return response
 

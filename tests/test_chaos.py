@@ -41,10 +41,10 @@ class Machines:
             self.cluster.add_node(**size)
 
     def workers(self) -> list[psutil.Process]:
-        """Every process that Ray has started for a task or an actor."""
+        """Every process that Ray has started for a task or an actor; a node dies with its agents, so not those."""
         nodes = [self.cluster.head_node, *self.cluster.worker_nodes]
         raylets = [node.all_processes["raylet"][0].process for node in nodes if "raylet" in node.all_processes]
-        return [child for raylet in raylets for child in _children(raylet.pid) if _title(child).startswith("ray::")]
+        return [child for raylet in raylets for child in _children(raylet.pid) if _is_worker(child)]
 
     def kill_node(self, chance: random.Random) -> None:
         node = chance.choice(sorted(self.cluster.worker_nodes, key=lambda node: node.unique_id))
@@ -60,6 +60,11 @@ def _children(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children()
     except psutil.NoSuchProcess:
         return []
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    title = _title(process)
+    return title.startswith("ray::") and "Agent" not in title
 
 
 def _title(process: psutil.Process) -> str:

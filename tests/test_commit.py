@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -28,13 +29,13 @@ PLAN = parse_plan(content(window={"images": 16}), "test")
 class Run:
     """A run of ``images`` images in shards of ``shard_size``, whose windows are decided by hand."""
 
-    def __init__(self, folder, images: int = 80, shard_size: int = 32) -> None:
+    def __init__(self, folder, images: int = 80, shard_size: int = 32, salt: str = "s") -> None:
         self.output = str(folder)
         self.store = Store(self.output)
         moment = datetime(2026, 1, 1, tzinfo=UTC)
         rows = [{"uri": f"s3://b/{i}", "size_bytes": 1, "etag": "e", "modified_at": moment} for i in range(images)]
         self.manifest = build_manifest(
-            rows, self.store, "_state/r/manifest", salt="s", window=WindowSpec(images=16), shard_size=shard_size
+            rows, self.store, "_state/r/manifest", salt=salt, window=WindowSpec(images=16), shard_size=shard_size
         )
         self.sink = Sink(self.store, commit.attempts_prefix("r"), "r", PLAN, {"one": ("m@1", "d")})
 
@@ -240,6 +241,50 @@ def test_counts_merge_in_any_order(tallies, random):
     halves = [total(tallies[:2]), total(tallies[2:])]
     assert total(halves) == total(tallies)
     assert Tally.from_json(json.loads(json.dumps(total(tallies).to_json()))) == total(tallies)
+
+
+@pytest.mark.parametrize("damage", ["other ids", "rows twice", "other rows twice"])
+def test_tables_of_the_right_length_with_the_wrong_rows_are_never_marked(run, damage, monkeypatch):
+    merge = Ledger._merge
+
+    def merge_wrongly(self: Ledger, name: str, receipts: list[dict]) -> pa.Table:
+        table = merge(self, name, receipts)
+        if name != "flagged":
+            return table
+        if damage == "other ids":
+            ids = pa.array(["f" * 31 + str(place) for place in range(table.num_rows)])
+            return table.set_column(table.column_names.index("image_id"), "image_id", ids)
+        if damage == "rows twice":
+            return pa.concat_tables([table, table])
+        return pa.concat_tables([table.slice(1), table.slice(1)])
+
+    monkeypatch.setattr(Ledger, "_merge", merge_wrongly)
+    with pytest.raises(RunError, match=r"or others|holds rows twice"):
+        run.ledger().add(run.receipts(run.windows())[0])
+    assert not run.store.sizes("_state/r/markers")
+
+
+def test_a_marker_of_another_manifest_is_not_taken_for_this_runs(run, tmp_path):
+    run.ledger().add(run.receipts(run.windows())[0])
+    other = Run(tmp_path, salt="another")
+    with pytest.raises(RunError, match=r"shard-00000.json was made for another manifest: .* give another --run-id"):
+        other.ledger()
+
+
+def test_a_start_whose_answer_was_lost_is_no_rival(run, monkeypatch):
+    create = Store.create
+    epochs = iter([False])  # the first of them is heard at its second try only
+
+    def create_unheard(self: Store, key: str, body: bytes) -> bool:
+        created = create(self, key, body)
+        return created and "/epochs/" in key and next(epochs, True)
+
+    monkeypatch.setattr(Store, "create", create_unheard)
+    commit.freeze(run.store, "r", {"shards": [1, 2], "scan_date": "x"})
+    ledger = run.ledger()
+    for receipt in run.receipts(run.windows()):
+        ledger.add(receipt)
+    assert ledger.complete({"driver": 1}) == {"driver": 1}
 
 
 def same_rows(ledger: Ledger, run: Run) -> tuple:

@@ -8,7 +8,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,8 +21,11 @@ import pytest
 from pipeline import commit
 from pipeline.clean import find_litter
 from pipeline.commit import Ledger
+from pipeline.errors import RunError
+from pipeline.storage import s3_client
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
+from tests.faults import Faults, fault_proxy
 from tests.test_commit import Run
 from tests.test_jobs import expect, run
 
@@ -78,9 +84,14 @@ def test_a_run_that_may_be_alive_is_left_alone(left_behind):
 
 def test_a_run_can_be_given_up_by_name_and_a_complete_one_cannot(left_behind):
     output = left_behind.store.uri.removeprefix("file://")
-    left_behind.store.write("ledger/scan_date=2026-01-01/r2-shard-00000.parquet", b"another run's")
+    others = {f"ledger/scan_date=2026-01-01/{name}-shard-00000.parquet" for name in ("r2", "r-shard-x", "xr")}
+    for key in others:
+        left_behind.store.write(key, b"another run's")
+    left_behind.ledger()
+    expect(run("clean", "--output", output, "--abandon", "r"), 2, "'r' was written to at", "may have a living driver")
+    age(left_behind.store)
     assert run("clean", "--output", output, "--abandon", "r", "--delete").returncode == 0
-    assert set(left_behind.store.sizes("")) == {"ledger/scan_date=2026-01-01/r2-shard-00000.parquet"}
+    assert set(left_behind.store.sizes("")) == others
     expect(run("clean", "--output", output, "--abandon", "r"), 2, "there is no run 'r'")
     left_behind.store.write("runs/r3.json", b"{}")
     expect(run("clean", "--output", output, "--abandon", "r3"), 2, "run 'r3' is complete: its tables stay")
@@ -90,8 +101,15 @@ CANARY = {"AWS_ACCESS_KEY_ID": "AKIACANARYCANARY1234", "AWS_SECRET_ACCESS_KEY": 
 
 
 @pytest.fixture(scope="module")
-def scanned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """Source, output and Ray's own folder of a scan with hostile names, by a process with marked credentials."""
+def ray_folder() -> Iterator[Path]:
+    """Where Ray keeps its logs: its sockets lie below, whose paths may have a hundred characters."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def scanned(corpus: Path, ray_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Source, output and the folder of both of a scan with hostile names, by a process with marked credentials."""
     folder = tmp_path_factory.mktemp("custody")
     source, output = folder / "source", folder / "deep" / "out"
     names = [
@@ -109,7 +127,7 @@ def scanned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     plan = small_plan(folder, QUICK)
     result = run(
         "scan", "--source", str(source), "--output", str(output), "--plan", str(plan), "--run-id", "r", "--salt", "s",
-        "--report-thumbnails", RAY_TMPDIR=str(folder / "ray"), **CANARY,
+        "--report-thumbnails", RAY_TMPDIR=str(ray_folder), **CANARY,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (folder / "said.txt").write_text(result.stdout + result.stderr)
@@ -119,7 +137,7 @@ def scanned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def test_object_names_are_never_paths_or_commands(scanned):
     source, output, folder = scanned
     below = {path.relative_to(folder).parts[0] for path in folder.rglob("*")}
-    assert below <= {"source", "deep", "plan.yaml", "said.txt", "ray"}
+    assert below <= {"source", "deep", "plan.yaml", "said.txt"}
     expected = re.compile(
         r"(ledger|flagged|errors)/scan_date=[\d-]+/r-shard-00000\.parquet|runs/r\.json|runs/r/(status\.json|report\.html)"
         r"|_state/r/(run\.json|manifest-\w+/shard-00000\.parquet|epochs/000001\.json|markers/shard-00000\.json)"
@@ -131,14 +149,45 @@ def test_object_names_are_never_paths_or_commands(scanned):
     assert len(set(ledger["source_uri"].to_pylist())) == len(list(source.iterdir()))
 
 
-def test_no_credential_is_in_any_file_or_line(scanned):
+def test_no_credential_is_in_any_file_or_line(scanned, ray_folder):
     _, _, folder = scanned
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    places = [*folder.rglob("*"), *ray_folder.rglob("*")]
+    files = [path for path in places if path.is_file() and not path.is_symlink()]
     assert len(files) > 50, "Ray's logs are among them"
     for path in files:
         body = path.read_bytes()
         for secret in CANARY.values():
             assert secret.encode() not in body, path
+
+
+def test_a_server_that_repeats_credentials_puts_them_into_no_file_or_line(corpus, s3_endpoint, ray_folder, tmp_path):
+    """Errors of S3 servers name the key id and the string that was signed: on pictures, on the output, on labels."""
+    client = s3_client(s3_endpoint)
+    client.create_bucket(Bucket="talkative")
+    for path in sorted((corpus / "0000").iterdir())[:60]:
+        client.upload_file(str(path), "talkative", f"all/{path.name}")
+    signed = "AWS4-HMAC-SHA256/canary-string-to-sign"
+    refusal = f"<AWSAccessKeyId>{CANARY['AWS_ACCESS_KEY_ID']}</AWSAccessKeyId><StringToSign>{signed}</StringToSign>"
+    faults = Faults(share={"403": 1.0}, refusal=refusal)
+    faults.matches = lambda method, key: (
+        key.endswith(("7.jpg", "labels.parquet")) or (method == "PUT" and key.endswith("ledger.parquet"))
+    )
+    plan = str(small_plan(tmp_path, QUICK))
+    with fault_proxy(s3_endpoint, faults) as url:
+        scan = ["scan", "--source", "s3://talkative/all/", "--output", "s3://talkative/out", "--endpoint-url", url]
+        scan += ["--plan", plan, "--output-patience", "1"]
+        failed = run(*scan, RAY_TMPDIR=str(ray_folder), **CANARY)
+        labels = run(*scan, "--labels", "s3://talkative/labels.parquet", **CANARY)
+    assert failed.returncode == 1 and "403 Forbidden" in failed.stderr and faults.hits["403"] > 2
+    assert labels.returncode == 2 and "403 Forbidden" in labels.stderr
+    said = [failed.stdout, failed.stderr, labels.stdout, labels.stderr]
+    store = Store("s3://talkative/out", s3_endpoint)
+    kept = [store.read(key) for key in store.sizes("")]
+    logs = [path.read_bytes() for path in ray_folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(kept) > 3 and len(logs) > 50
+    for body in [*(text.encode() for text in said), *kept, *logs]:
+        for secret in (*CANARY.values(), "canary-string"):
+            assert secret.encode() not in body, body[:2000]
 
 
 def test_erasing_an_object_takes_it_out_of_everything(scanned, tmp_path):
@@ -150,6 +199,7 @@ def test_erasing_an_object_takes_it_out_of_everything(scanned, tmp_path):
     victim, other = flagged[0], broken[0]
     erasing = ["--output", str(output), "--image-id", victim["image_id"], "--uri", other["source_uri"]]
 
+    (output / "runs/r/failure.txt").write_text(f"of an earlier driver: {other['source_uri']}")
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     dry = run("erase", *erasing, "--dry-run")
     assert dry.returncode == 0 and "nothing was rewritten" in dry.stdout
@@ -173,30 +223,67 @@ def test_erasing_an_object_takes_it_out_of_everything(scanned, tmp_path):
         assert hashlib.sha256((output / file["path"]).read_bytes()).hexdigest() == file["sha256"]
     (log,) = (json.loads(path.read_text()) for path in output.glob("erasures/*.json"))
     assert sum(file["rows_removed"] for file in log["files"]) == 2 + 1 + 1 + 2
+    assert not (output / "runs/r/failure.txt").exists()
     assert "no complete run holds it" in run("erase", *erasing).stdout
 
 
-def test_an_erasure_that_was_interrupted_is_finished_by_the_next(scanned, tmp_path, monkeypatch):
-    from pipeline import erase as module
-
+@pytest.fixture
+def copied(scanned, tmp_path) -> tuple[Path, dict]:
+    """A copy of the output, and one of its flagged rows."""
     _, original, _ = scanned
     output = tmp_path / "out"
     subprocess.run(["cp", "-r", str(original), str(output)], check=True)
-    victim = pq.read_table(next(output.glob("flagged/*/*.parquet")), partitioning=None).to_pylist()[0]
-    subject = module.Subject(uris=(victim["source_uri"],))
+    return output, pq.read_table(next(output.glob("flagged/*/*.parquet")), partitioning=None).to_pylist()[0]
 
-    def die(*_: object) -> None:
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.commit, "write_json", die)
-    with pytest.raises(KeyboardInterrupt):
-        module.erase(Store(str(output)), subject, dry_run=False)
-    monkeypatch.undo()
-    assert module.erase(Store(str(output)), subject, dry_run=False)
+def check_erased(output: Path, uri: str) -> None:
     record = json.loads((output / "runs/r.json").read_text())
     for file in record["files"]:
-        assert hashlib.sha256((output / file["path"]).read_bytes()).hexdigest() == file["sha256"]
-    assert victim["source_uri"] not in (output / "runs/r/report.html").read_text()
+        body = (output / file["path"]).read_bytes()
+        assert hashlib.sha256(body).hexdigest() == file["sha256"]
+        assert uri not in pq.read_table(output / file["path"], partitioning=None)["source_uri"].to_pylist()
+    assert uri not in (output / "runs/r/report.html").read_text()
+
+
+@pytest.mark.parametrize("writes", range(1, 9))
+def test_an_erasure_that_was_interrupted_is_finished_by_the_next(copied, monkeypatch, writes):
+    from pipeline import erase as module
+
+    output, victim = copied
+    subject = module.Subject(uris=(victim["source_uri"],))
+    write = Store.write
+    left = iter(range(writes))
+
+    def write_or_die(self: Store, key: str, body: bytes) -> str:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return write(self, key, body)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Store, "write", write_or_die)
+        module.erase(Store(str(output)), subject, dry_run=False)
+    module.erase(Store(str(output)), subject, dry_run=False)
+    check_erased(output, victim["source_uri"])
+    assert module.erase(Store(str(output)), subject, dry_run=False) == []
+
+
+def test_an_erasure_finds_a_run_whose_state_was_removed(copied):
+    from pipeline.erase import Subject, erase
+
+    output, victim = copied
+    subprocess.run(["rm", "-r", str(output / "_state")], check=True)
+    assert erase(Store(str(output)), Subject(image_ids=(victim["image_id"],)), dry_run=False)
+    check_erased(output, victim["source_uri"])
+
+
+def test_an_erasure_does_not_vouch_for_a_table_that_somebody_changed(copied):
+    from pipeline.erase import Subject, erase
+
+    output, victim = copied
+    (path,) = output.glob("ledger/*/*.parquet")
+    pq.write_table(pq.read_table(path, partitioning=None).slice(1), path)
+    with pytest.raises(RunError, match=r"ledger/.* is not what the record of run 'r' says"):
+        erase(Store(str(output)), Subject(uris=(victim["source_uri"],)), dry_run=False)
 
 
 def test_nothing_is_erased_while_an_unfinished_run_lists_the_object(tmp_path):

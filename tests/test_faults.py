@@ -118,19 +118,75 @@ def test_etags_under_a_kms_key_are_no_digests(bucket):
     assert image.payload == body and fetcher.encrypted == {BUCKET} and not faults.hits
 
 
-def test_an_object_in_parts_is_checked_by_its_checksum(bucket):
+def test_an_object_in_parts_is_fetched_by_who_can_check_its_checksum(bucket):
     client = s3_client(bucket)
     body = b"part of it" * 100
-    upload = client.create_multipart_upload(Bucket=BUCKET, Key="parts", ChecksumAlgorithm="CRC32")["UploadId"]
-    part = client.upload_part(
-        Bucket=BUCKET, Key="parts", UploadId=upload, PartNumber=1, Body=body, ChecksumAlgorithm="CRC32"
-    )
-    parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"], "ChecksumCRC32": part["ChecksumCRC32"]}]}
+    upload = client.create_multipart_upload(Bucket=BUCKET, Key="parts")["UploadId"]
+    part = client.upload_part(Bucket=BUCKET, Key="parts", UploadId=upload, PartNumber=1, Body=body)
+    parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
     etag = client.complete_multipart_upload(Bucket=BUCKET, Key="parts", UploadId=upload, MultipartUpload=parts)["ETag"]
     image = Image(image_id="parts", uri=f"s3://{BUCKET}/parts", size_bytes=len(body), etag=etag.strip('"'))
     assert "-" in etag
+    asked: list[str | None] = []
+    faults = Faults(watches=lambda request: asked.append(request.headers.get("x-amz-checksum-mode")))
+    with fault_proxy(bucket, faults) as url:
+        (fetched,) = fetch(url, image)
+    assert fetched.payload == body and asked == ["ENABLED"]
+
+
+@pytest.mark.parametrize("algorithm", ["CRC32", "SHA256", "CRC64NVME"])
+def test_a_checksum_that_the_store_keeps_is_compared_where_the_etag_tells_nothing(bucket, monkeypatch, algorithm):
+    monkeypatch.setattr(module, "_agrees", lambda payload, etag: True)
+    image = put(bucket, f"by//{algorithm}", b"the whole picture" * 50, ChecksumAlgorithm=algorithm)
+    faults = Faults(share={"flip": 1.0})
+    faults.matches = lambda method, _: method == "GET" and not faults.hits["flip"]
+    with fault_proxy(bucket, faults) as url:
+        (fetched,) = fetch(url, image)
+    assert faults.hits["flip"] == 1 and fetched.payload == b"the whole picture" * 50
+
+
+def test_requests_that_stall_leave_room_for_three_within_the_deadline(bucket):
+    image = put(bucket, "thrice", b"x" * 100)
+    faults = Faults(share={"stall": 1.0}, stall_seconds=4)
+    began = time.monotonic()
+    with fault_proxy(bucket, faults) as url:
+        (fetched,) = fetch(url, image)
+        seconds = time.monotonic() - began
+    assert fetched.error_code == "fetch_timeout" and faults.hits["stall"] == 3
+    assert 0.8 * FAST.fetch_seconds < seconds < FAST.fetch_seconds + 0.5
+
+
+@pytest.mark.parametrize("key", ["many", "by//many"])
+def test_slow_answers_do_not_take_the_time_of_those_that_wait(bucket, key):
+    images = [put(bucket, f"{key}/{number}", b"x" * 100) for number in range(24)]
+    faults = Faults(share={"slow": 1.0}, slow_seconds=0.6)
+    with fault_proxy(bucket, faults) as url:
+        fetched = fetch(url, *images, limits=Preparation(fetch_seconds=3, fetch_concurrency=12))
+    assert [image.error_code for image in fetched] == [None] * 24 and faults.hits["slow"] == 24
+
+
+def test_a_server_that_dribbles_holds_nobody_beyond_the_deadline(bucket):
+    image = put(bucket, "by//dribble", b"x" * 4000)
+    began = time.monotonic()
+    with fault_proxy(bucket, Faults(share={"dribble": 1.0}, slow_seconds=8)) as url:
+        (fetched,) = fetch(url, image)
+        seconds = time.monotonic() - began
+    assert fetched.error_code == "fetch_timeout" and seconds < FAST.fetch_seconds + 0.5
+
+
+def test_a_service_that_has_no_credentials_for_a_moment_is_waited_for(bucket, monkeypatch):
+    image = put(bucket, "moment", b"x")
+    failures = iter(range(2))
+    opened = module.open_bucket
+
+    def open_bucket(*args: object):
+        if next(failures, None) is not None:
+            raise ValueError("Received None from session.get_credentials")
+        return opened(*args)
+
+    monkeypatch.setattr(module, "open_bucket", open_bucket)
     (fetched,) = fetch(bucket, image)
-    assert fetched.payload == body
+    assert fetched.payload == b"x"
 
 
 def test_a_key_with_a_newline_is_fetched_and_is_no_other_key(bucket):
@@ -196,9 +252,9 @@ class Weather:
         assert ledger["ordinal"].to_pylist() == list(range(320))
         return ledger
 
-    def scan_through(self, faults: Faults, output: str) -> pa.Table:
+    def scan_through(self, faults: Faults, output: str, upstream: str | None = None) -> pa.Table:
         began = time.monotonic()
-        with fault_proxy(self.endpoint, faults) as url:
+        with fault_proxy(upstream or self.endpoint, faults) as url:
             ledger = self.scan(url, output)
         broken = sum(faults.hits.values()) - faults.hits["passed"]
         print(f"{output}: {broken} of {sum(faults.hits.values())} requests broke, {time.monotonic() - began:.1f} s")
@@ -225,14 +281,18 @@ def alone(pictures, tmp_path_factory) -> Weather:
     return Weather(pictures, "weather", tmp_path_factory.mktemp("alone"), "alone", stages=[single])
 
 
-def any_request(method: str, key: str) -> bool:
-    """Of the scan's own files and the pictures; a listing has no key."""
+def any_object(method: str, key: str) -> bool:
+    """Of the scan's own files and the pictures. Listings, which have no key, carry no digest: see the next test."""
     return bool(key)
 
 
 def test_a_scan_in_bad_weather_is_the_scan_of_a_calm_day(alone):
-    faults = Faults(share=dict.fromkeys(PASSING, 0.02), matches=any_request, stall_seconds=4, seed=1)
-    assert alone.scan_through(faults, "bad").equals(alone.calm)
+    faults = Faults(share=dict.fromkeys(PASSING, 0.02), matches=any_object, stall_seconds=4, seed=1)
+    listings = Faults(share=dict.fromkeys(("503", "500", "reset", "lost", "short"), 0.04), seed=4)
+    listings.matches = lambda method, key: method == "GET" and not key
+    with fault_proxy(alone.endpoint, listings) as url:
+        assert alone.scan_through(faults, "bad", url).equals(alone.calm)
+    assert sum(listings.hits.values()) > 5
 
 
 @pytest.mark.slow
@@ -240,7 +300,7 @@ def test_a_scan_in_bad_weather_is_the_scan_of_a_calm_day(alone):
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.2])
 @pytest.mark.parametrize("fault", PASSING)
 def test_each_fault_at_each_share_changes_no_row(grouped, fault, share):
-    faults = Faults(share={fault: share}, matches=any_request, stall_seconds=4, seed=2)
+    faults = Faults(share={fault: share}, matches=any_object, stall_seconds=4, seed=2)
     assert grouped.scan_through(faults, f"{fault}-{share}").equals(grouped.calm)
 
 

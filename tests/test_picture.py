@@ -19,7 +19,7 @@ import pytest
 from PIL import Image as Pillow
 
 from pipeline import decode
-from pipeline.decode import PATIENCE, Decoder
+from pipeline.decode import Decoder
 from pipeline.picture import PictureError, decode_picture
 from pipeline.plan import Preparation
 from pipeline.window import Image, Window
@@ -164,6 +164,7 @@ class Rigged(decode._Child):
 
     def decode(self, payload: bytes, seconds: float) -> tuple[list, np.ndarray | None]:
         if payload == POISON:
+            self.wait_until_ready()
             self.breaks(self)
         return super().decode(payload, seconds)
 
@@ -222,15 +223,38 @@ def test_the_child_dies_with_its_parent():
     pytest.fail(f"decoder {child} outlived its parent")
 
 
-def test_a_window_of_files_that_hang_does_not_take_for_ever():
-    decoder = Decoder("decode:s", 32, Preparation(decode_seconds=9))
-    assert decoder._deadline() == 9
-    decoder.timeouts = PATIENCE
-    assert decoder._deadline() == 1
+def test_windows_of_files_that_hang_do_not_take_for_ever(monkeypatch):
+    monkeypatch.setattr(Rigged, "breaks", staticmethod(lambda child: os.kill(child.process.pid, signal.SIGSTOP)))
+    monkeypatch.setattr(decode, "_Child", Rigged)
+    monkeypatch.setattr(decode, "PATIENCE", 2)
+    monkeypatch.setattr(decode, "HANGING_SECONDS", 4.0)
+    decoder = Decoder("decode:s", 32, Preparation(decode_seconds=1.5))
+    began = time.monotonic()
+    bodies = [POISON] * 6 + [GOOD["png"][0]]
+    first, second = decoder([window(GOOD["png"][0], *bodies), window(*bodies)])
+    # Two for a second and a half, one or two for one; then none is tried, and neither is the good one after them.
+    details = [image.error_detail for image in [*first.images, *second.images]]
+    assert details[:4] == [None, *["not decoded within 1.5 s"] * 2, "not decoded within 1 s"]
+    assert all("not tried: other files have hung for" in detail for detail in details[5:])
+    assert {image.error_code for image in first.images[1:]} == {"decode_timeout"}
+    assert time.monotonic() - began < 5 + 5
+    (later,) = decoder([window(GOOD["png"][0])])
+    assert later.images[0].outcome is None, "the next call begins anew"
 
 
 @pytest.mark.parametrize(
-    "answer", [b"no json", b"{}", b'["JPEG", "a", "b"]', b'["new code", "x"]', b"[" + b"1," * 40_000 + b"1]"]
+    "answer",
+    [
+        b"no json",
+        b"{}",
+        b'["JPEG", "a", "b"]',
+        b'["new code", "x"]',
+        b"[" + b"1," * 40_000 + b"1]",
+        b"[" * 60_000,
+        b'["JPEG", 3000000000, 1]',
+        b'["JPEG", -1, 1]',
+        b'["JPEG", true, 1]',
+    ],
 )
 def test_a_child_that_answers_nonsense_costs_one_error_row(monkeypatch, answer):
     def talk(child: decode._Child) -> None:

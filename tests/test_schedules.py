@@ -86,10 +86,20 @@ class Driver:
         self.turn.release()
         self.paused.acquire()
 
+    def failed_rightly(self) -> bool:
+        """Killed, taken over, or late: one that was taken over may find the attempts it wanted swept by the other."""
+        taken_over = len(Store(self.run.output).sizes("_state/r/epochs")) > 1
+        return (
+            self.failure is None
+            or isinstance(self.failure, Killed)
+            or (isinstance(self.failure, RunError) and "taken over" in str(self.failure))
+            or (isinstance(self.failure, FileNotFoundError) and taken_over)
+        )
+
     def _drive(self) -> None:
         try:
             drive(self.run, self.store, self.number)
-        except (Killed, RunError, OSError) as failure:
+        except BaseException as failure:  # noqa: BLE001  failed_rightly looks at it
             self.failure = failure
         finally:
             self.over = True
@@ -106,7 +116,7 @@ def drive(run: Run, store: Store, number: int) -> None:
     for receipt in run.receipts(windows):
         ledger.add(receipt)
     ledger.complete({"status": "complete", "driver": number, "files": ledger.files})
-    ledger.sweep_attempts()
+    commit.sweep_attempts(store, "r")
 
 
 class Promises:
@@ -180,6 +190,8 @@ def interleave(folder: Path, turns: list[tuple[int, int, int]]) -> None:
     for number, action, steps in turns:
         for _ in range(steps):
             driver = drivers.get(number)
+            if driver is not None and driver.over:
+                assert driver.failed_rightly(), repr(driver.failure)
             if driver is None or driver.over:
                 # In the place of one that ended or died comes the next.
                 drivers[number] = Driver(run, number)
@@ -189,6 +201,7 @@ def interleave(folder: Path, turns: list[tuple[int, int, int]]) -> None:
     for driver in drivers.values():
         if not driver.over:
             driver.go(DIE_BEFORE)
+        assert driver.failed_rightly(), repr(driver.failure)
     drive(run, Store(run.output), DRIVERS)
     promises.check()
     assert (Path(run.output) / "runs/r.json").exists()

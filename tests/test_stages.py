@@ -18,7 +18,7 @@ from pipeline.errors import RunError
 from pipeline.groups import form_groups
 from pipeline.plan import StageSpec
 from pipeline.stages import GroupStage
-from pipeline.window import Image, Window
+from pipeline.window import GroupTest, Image, Window
 
 SIDE = 64
 
@@ -111,6 +111,20 @@ def test_an_image_that_fails_moves_no_other_into_another_group(states, size, dat
     assert all(after[member] == place for member, place in before.items() if member in after and member is not None)
     undecided = {place for place, state in enumerate(states) if state == "undecided" and place != lost}
     assert undecided <= after.keys()
+
+
+@settings(deadline=None)
+@given(states=STATES, size=st.sampled_from([2, 4, 16]))
+def test_behind_a_stage_an_image_that_never_was_tested_leaves_no_hole(states, size):
+    spec = StageSpec(name="s", model="m", rounds=(size,), thresholds={"a": (0.5,)}, input_size=SIDE)
+    w = window_of(states)
+    for image in w.images:
+        if image.outcome == "cleared":
+            image.tests.append(GroupTest(stage="first", round=0, group_id="g", group_size=1, scores=[0.0]))
+    if "cleared" in states:
+        groups = form_groups(w, spec)
+        full = [member for group in groups for member in group.members if member is not None]
+        assert full == w.undecided
 
 
 @settings(deadline=None, max_examples=25)

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import obstore
 import pyarrow.parquet as pq
@@ -33,6 +33,9 @@ from pipeline.source import file_etag
 from pipeline.storage import Location, is_plain_key, open_bucket, parse_uri, reason, s3_client
 from pipeline.store import Store
 from pipeline.window import Image, Window, Work
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 OPERATOR = "fetch"
 TRIES = 3
@@ -163,11 +166,15 @@ class Fetcher:
             return await in_thread(_read_file, location, image.etag, limit)
         # Of an object that came in parts the etag is no digest of its bytes, but boto3 checks the store's checksum.
         if not is_plain_key(location.key) or "-" in (image.etag or ""):
-            return await in_thread(self._get_by_boto3, location, image, limit, seconds)
+            return await in_thread(self._get_by_boto3, self._boto3(), location, image, limit, seconds)
         payload, found = await self._get(location, image, limit)
         if location.bucket in self.encrypted or _agrees(payload, found):
             return payload
-        return await in_thread(self._get_by_boto3, location, image, limit, seconds)
+        return await in_thread(self._get_by_boto3, self._boto3(), location, image, limit, seconds)
+
+    def _boto3(self) -> S3Client:
+        """Made here, in one thread: boto3's default session is not to be asked by several for the first time."""
+        return s3_client(self.endpoint_url, attempts=1, read_seconds=max(1.0, self.limits.fetch_seconds / TRIES))
 
     async def _get(self, location: Location, image: Image, limit: int) -> tuple[bytes, str | None]:
         """The object's bytes and the etag that came with them."""
@@ -188,11 +195,10 @@ class Fetcher:
         except (BaseError, OSError) as error:
             raise _passing(error) from error
 
-    def _get_by_boto3(self, location: Location, image: Image, limit: int, seconds: float) -> bytes:
+    def _get_by_boto3(self, client: S3Client, location: Location, image: Image, limit: int, seconds: float) -> bytes:
         """One request. boto3 compares the bytes with the checksum that the store keeps of them, where it keeps one."""
         assert location.bucket is not None
         end = time.monotonic() + seconds
-        client = s3_client(self.endpoint_url, attempts=1, read_seconds=max(1.0, self.limits.fetch_seconds / TRIES))
         try:
             response = client.get_object(Bucket=location.bucket, Key=location.key)
             _check_object(response["ETag"], response["ContentLength"], image, limit)

@@ -20,7 +20,7 @@ from pipeline.plan import Plan
 from pipeline.report import write_report
 from pipeline.sink import table_bytes
 from pipeline.storage import Location
-from pipeline.store import Store
+from pipeline.store import Store, digest
 
 HOSTILE = [
     "s3://uploads/<script>alert(1)</script>.jpg",
@@ -188,8 +188,9 @@ def render(tmp_path: Path) -> Render:
         for name, shards in (("ledger", [ledger[:10], ledger[10:]]), ("flagged", flagged_shards)):
             for index, rows in enumerate(shards):
                 path = f"{name}/scan_date=2026-01-02/night-1-shard-{index:05d}.parquet"
-                store.write(path, table_bytes(pa.Table.from_pylist(rows, schema.TABLES[name])))
-                files.append({"path": path, "rows": len(rows), "bytes": 100})
+                body = table_bytes(pa.Table.from_pylist(rows, schema.TABLES[name]))
+                store.write(path, body)
+                files.append({"path": path, "rows": len(rows), "bytes": len(body), "sha256": digest(body)})
         uri = write_report(store, run_record(files=files) | changes, PLAN, None, thumbnails=thumbnails)
         assert uri == store.uri_of("runs/night-1/report.html")
         return Page(store.read("runs/night-1/report.html").decode())

@@ -210,6 +210,7 @@ def test_files_that_vanish_or_change_after_listing_are_errors(corpus, tmp_path, 
     }
 
 
+@pytest.mark.slow  # with a Ray of its own; tests/test_chaos.py kills drivers on a cluster
 def test_a_killed_driver_goes_on_where_it_was(corpus, scanned, tmp_path):
     output = tmp_path / "out"
     plan = small_plan(tmp_path, windows_per_call=1)

@@ -51,6 +51,12 @@ class Store:
         # A bucket whose policy is being changed denies for a while what it took before: that is waited for too.
         return patiently(request, self.patience)
 
+    @property
+    def name(self) -> str:
+        """As its user wrote it, for messages: a folder's path, or the uri."""
+        location = parse_uri(self.uri)
+        return location.key if location.bucket is None else self.uri
+
     def uri_of(self, key: str) -> str:
         return f"{self.uri}/{key}"
 
@@ -146,17 +152,17 @@ def check_writable(store: Store) -> None:
     A store that takes the second one would let two drivers of one run both decide what a shard's rows are.
     """
     if store.kms_key and parse_uri(store.uri).bucket is None:
-        raise UsageError(f"a KMS key encrypts objects in S3, and {store.uri} is a folder: leave --kms-key out")
+        raise UsageError(f"a KMS key encrypts objects in S3, and {store.name} is a folder: leave --kms-key out")
     probe = f"_state/probe-{uuid.uuid4().hex}"  # two scans may start at once
     try:
         store.write(probe, b"dorfman was here")
         refused = not _creates(store, probe)
         store.delete([probe])
     except (BaseError, OSError, BotoCoreError, ValueError) as error:
-        raise UsageError(f"cannot write to {store.uri}: {reason(error)}") from error
+        raise UsageError(f"cannot write to {store.name}: {reason(error)}") from error
     if not refused:
         raise UsageError(
-            f"{store.uri} overwrites what a conditional PUT (If-None-Match: *) must not: two drivers of one run could "
+            f"{store.name} overwrites what a conditional PUT (If-None-Match: *) must not: two drivers of one run could "
             "both commit a shard. Use a store that has it, or promise with --single-driver that a run is never "
             "driven twice at a time"
         )

@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 
 from jobs.cli import run_job
-from pipeline.demo import demo_corpus
+from pipeline.demo import SOURCE, demo_corpus
 from pipeline.errors import UsageError
 from pipeline.plan import load_plan
 from pipeline.preflight import check_models
 from pipeline.progress import closing_table
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.store import Store
-
-DEMO_SOURCE = "s3://dorfman-demo/pictures/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +41,11 @@ class JobConfig(ScanConfig):
             raise UsageError("give either --source, what to scan, or --retry-errors, or --demo")
         if self.demo:
             # The demo's source is still to be drawn; all else is checked before that.
-            replace(self, demo=False, source=DEMO_SOURCE)
+            replace(self, demo=False, source=SOURCE)
+            if self.labels or self.endpoint_url or self.output.startswith("s3://"):
+                raise UsageError("--demo brings labels and endpoint of its own and writes to a local folder")
         else:
             super().__post_init__()
-        if self.demo and (self.labels or self.endpoint_url or self.output.startswith("s3://")):
-            raise UsageError("--demo brings labels and endpoint of its own and writes to a local folder")
 
 
 def run(config: JobConfig) -> None:

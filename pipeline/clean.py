@@ -32,14 +32,13 @@ def find_litter(store: Store, older_than: timedelta) -> list[Litter]:
 
 
 def _of_run(store: Store, run_id: str, older_than: timedelta) -> Litter:
-    last = _last_write(store, run_id)
-    if last is not None and datetime.now(UTC) - last < older_than:
-        return Litter(run_id=run_id, reason=f"left alone: written to at {last:%Y-%m-%d %H:%M} UTC")
-    state = store.sizes(commit.state_prefix(run_id))
+    state, attempts = store.objects(commit.state_prefix(run_id)), store.objects(commit.attempts_prefix(run_id))
+    alive = _written_lately(state | attempts, older_than)
+    if alive:
+        return Litter(run_id=run_id, reason=f"left alone: {alive}")
     kept = _referred_to(store, run_id, list(state))
-    listings = {key: size for key, size in state.items() if f"{commit.state_prefix(run_id)}/manifest-" in key}
-    found = store.sizes(commit.attempts_prefix(run_id)) | listings
-    dead = {key: size for key, size in found.items() if key not in kept}
+    listings = {key: found for key, found in state.items() if f"{commit.state_prefix(run_id)}/manifest-" in key}
+    dead = {key: size for key, (size, _) in (attempts | listings).items() if key not in kept}
     reason = "nothing to remove"
     if dead:
         complete = store.exists(commit.record_key(run_id))
@@ -47,9 +46,12 @@ def _of_run(store: Store, run_id: str, older_than: timedelta) -> Litter:
     return Litter(run_id=run_id, reason=reason, keys=tuple(sorted(dead)), bytes=sum(dead.values()))
 
 
-def _last_write(store: Store, run_id: str) -> datetime | None:
-    objects = store.objects(commit.state_prefix(run_id)) | store.objects(commit.attempts_prefix(run_id))
-    return max((moment for _, moment in objects.values()), default=None)
+def _written_lately(objects: dict[str, tuple[int, datetime]], older_than: timedelta) -> str | None:
+    """In words, when anything of a run is younger than that."""
+    last = max((moment for _, moment in objects.values()), default=None)
+    if last is None or datetime.now(UTC) - last >= older_than:
+        return None
+    return f"written to at {last:%Y-%m-%d %H:%M} UTC"
 
 
 def _referred_to(store: Store, run_id: str, state: list[str]) -> set[str]:
@@ -72,15 +74,14 @@ def find_abandoned(store: Store, run_id: str, older_than: timedelta) -> Litter:
     """
     if store.exists(commit.record_key(run_id)):
         raise UsageError(f"run {run_id!r} is complete: its tables stay")
-    last = _last_write(store, run_id)
-    if last is not None and datetime.now(UTC) - last < older_than:
+    state, attempts = store.objects(commit.state_prefix(run_id)), store.objects(commit.attempts_prefix(run_id))
+    alive = _written_lately(state | attempts, older_than)
+    if alive:
         raise UsageError(
-            f"run {run_id!r} was written to at {last:%Y-%m-%d %H:%M} UTC and may have a living driver: stop that, and "
-            "wait, or give a shorter --older-than"
+            f"run {run_id!r} was {alive} and may have a living driver: stop that, and wait, or give a "
+            "shorter --older-than"
         )
-    found: dict[str, int] = {}
-    for prefix in (commit.state_prefix(run_id), commit.attempts_prefix(run_id), f"runs/{run_id}"):
-        found |= store.sizes(prefix)
+    found = {key: size for key, (size, _) in (state | attempts).items()} | store.sizes(f"runs/{run_id}")
     named = re.compile(re.escape(run_id) + r"-shard-\d+\.parquet")
     for table in schema.TABLES:
         rows = store.sizes(table)

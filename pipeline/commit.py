@@ -55,6 +55,19 @@ def status_key(run_id: str) -> str:
     return f"runs/{run_id}/status.json"
 
 
+def failure_key(run_id: str) -> str:
+    return f"runs/{run_id}/failure.txt"
+
+
+def report_key(run_id: str) -> str:
+    return f"runs/{run_id}/report.html"
+
+
+def files_of(table: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a record's files those that belong to one table."""
+    return [file for file in files if file["path"].startswith(f"{table}/")]
+
+
 def read_json(store: Store, key: str) -> dict[str, Any] | None:
     try:
         return json.loads(store.read(key))
@@ -170,12 +183,11 @@ class Ledger:
         self._check_outage(shard, tally)
         for outcome, name in (("flagged", "flagged"), ("error", "errors")):
             decided = ledger.filter(pc.equal(ledger["outcome"], outcome))["image_id"]
-            found = tables[name]["image_id"]
-            same = pc.all(pc.is_in(pc.unique(found), decided), min_count=0).as_py()
-            if not same or pc.count_distinct(found).as_py() != len(decided):
+            found = pc.unique(tables[name]["image_id"])
+            if len(found) != len(decided) or not pc.all(pc.is_in(found, decided), min_count=0).as_py():
                 raise RunError(
                     f"shard {shard.index}: the ledger counts {len(decided)} images as {outcome}, table {name} holds "
-                    f"{pc.count_distinct(found).as_py()}, or others"
+                    f"{len(found)}, or others"
                 )
         for name, key in (("flagged", ["image_id", "category"]), ("errors", ["image_id"])):
             if tables[name].group_by(key).aggregate([]).num_rows != tables[name].num_rows:

@@ -21,6 +21,7 @@ from pipeline.storage import s3_client
 from pipeline.store import Store
 
 BUCKET = "dorfman-demo"
+SOURCE = f"s3://{BUCKET}/pictures/"
 START_SECONDS = 60
 # The embedded server takes any; real ones must not leak into it, nor be needed.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -80,11 +81,10 @@ def demo_corpus(images: int, prevalence: float, seed: int, categories: tuple[str
     """The corpus of this seed in a bucket of its own. Raises UsageError for categories it cannot draw."""
     with serve_s3() as endpoint_url:
         s3_client(endpoint_url).create_bucket(Bucket=BUCKET)
-        source = f"s3://{BUCKET}/pictures"
         config = CorpusConfig(
-            output=source, images=images, prevalence=prevalence, seed=seed, categories=categories,
+            output=SOURCE, images=images, prevalence=prevalence, seed=seed, categories=categories,
             endpoint_url=endpoint_url,
         )  # fmt: skip
         make_corpus(config)
-        labels = Store(source, endpoint_url).read("labels.parquet")
-        yield DemoCorpus(source=source + "/", endpoint_url=endpoint_url, labels=labels)
+        labels = Store(SOURCE, endpoint_url).read("labels.parquet")
+        yield DemoCorpus(source=SOURCE, endpoint_url=endpoint_url, labels=labels)

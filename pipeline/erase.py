@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline import commit
 from pipeline.errors import RunError, UsageError
 from pipeline.plan import parse_plan
-from pipeline.report import report_key, write_report
+from pipeline.report import write_report
 from pipeline.sink import table_bytes
 from pipeline.source import manifest_bytes
 from pipeline.store import Store, digest
@@ -97,7 +97,7 @@ def _changes_in_run(store: Store, run: str, subject: Subject, known: set[str]) -
         change = _without(key, store.read(key), subject)
         if change:
             found.append(change)
-    derived = [commit.record_key(run), commit.status_key(run), report_key(run), f"runs/{run}/failure.txt"]
+    derived = [key(run) for key in (commit.record_key, commit.status_key, commit.report_key, commit.failure_key)]
     return [*found, *(Rewritten(path=path, rows=0) for path in derived)] if found or stale else []
 
 
@@ -129,8 +129,8 @@ def _rewrite(store: Store, run: str, changes: list[Rewritten], subject: Subject)
         record["quality"]["missed"] = [uri for uri in record["quality"]["missed"] if uri not in gone]
     commit.write_json(store, commit.status_key(run), record)
     write_report(store, record, parse_plan(record["plan"], run), None, thumbnails=False)
-    if store.exists(f"runs/{run}/failure.txt"):
-        store.delete([f"runs/{run}/failure.txt"])
+    if store.exists(commit.failure_key(run)):
+        store.delete([commit.failure_key(run)])
     commit.sweep_attempts(store, run)
     # Last: until the record names the new digests, the next erasure does all of this again.
     commit.write_json(store, commit.record_key(run), record)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from models.cost import gmac_per_test
 from models.weights import load_net
 from pipeline.errors import UsageError
-from pipeline.fetch import Fetcher
+from pipeline.fetch import Fetcher, WindowRef
 from pipeline.plan import Plan, Preparation
 from pipeline.source import Shard
 from pipeline.stages import check_stage
 from pipeline.storage import parse_uri
 from pipeline.store import Store, check_writable
-from pipeline.window import Image, Window
 
 # For the sorted listing, and for what Ray spills beside it.
 MIN_SCRATCH_BYTES = 1_000_000_000
@@ -80,11 +76,11 @@ def _check_room(folder: Path, least: int, what: str, remedy: str) -> None:
 
 def check_readable(store: Store, shard: Shard, limits: Preparation, endpoint_url: str | None) -> None:
     """Fetches a few listed images: who may list a bucket may not always read it. Raises UsageError."""
-    manifest = pq.ParquetFile(io.BytesIO(store.read(shard.key, shard.sha256)))
-    rows = manifest.read_row_group(0, columns=["image_id", "uri", "size_bytes", "etag"]).slice(0, SAMPLED_IMAGES)
-    images = [Image(**row) for row in rows.to_pylist()]
-    fetcher = Fetcher(None, endpoint_url, limits.model_copy(update={"fetch_seconds": 4 * PATIENCE}))
-    fetcher.fetch(Window(shard=0, window=0, first_ordinal=0, images=images))
+    fetcher = Fetcher(store, endpoint_url, limits.model_copy(update={"fetch_seconds": 4 * PATIENCE}))
+    rows = min(SAMPLED_IMAGES, shard.images)
+    sample = WindowRef(shard=shard.index, window=0, key=shard.key, sha256=shard.sha256, first_row=0, rows=rows)
+    (window,) = fetcher([sample])
+    images = window.images
     if all(image.error_code == "fetch_denied" for image in images):
         raise UsageError(
             f"the source can be listed but not read: {images[0].uri}: {images[0].error_detail}; "

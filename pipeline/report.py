@@ -23,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from obstore.exceptions import BaseError
 from PIL import Image as PillowImage
 
-from pipeline import schema
+from pipeline import commit, schema
 from pipeline.codes import CODES
 from pipeline.decode import Decoder
 from pipeline.histogram import PLOT_HEIGHT, PLOT_WIDTH, SCORE_TICKS, Scores, axis_position
@@ -79,15 +79,11 @@ def write_report(
         top=top,
         thumbnails=_thumbnails(top, plan, endpoint_url) if thumbnails else None,
     )  # fmt: skip
-    return store.write(report_key(record["run_id"]), page.encode())
-
-
-def report_key(run_id: str) -> str:
-    return f"runs/{run_id}/report.html"
+    return store.write(commit.report_key(record["run_id"]), page.encode())
 
 
 def _files(record: dict[str, Any], table: str) -> list[dict[str, Any]]:
-    return [file for file in record["files"] if file["path"].startswith(f"{table}/") and file["rows"]]
+    return [file for file in commit.files_of(table, record["files"]) if file["rows"]]
 
 
 def _read(store: Store, file: dict[str, Any], columns: list[str], rows: pc.Expression | None = None) -> pa.Table:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,7 +13,7 @@ from botocore.exceptions import ClientError
 from pipeline import commit
 from pipeline.codes import MAY_PASS
 from pipeline.errors import UsageError
-from pipeline.source import file_etag
+from pipeline.source import BLANK, list_file
 from pipeline.storage import parse_uri, s3_client
 from pipeline.store import Store
 
@@ -33,27 +31,27 @@ def read_parent(store: Store, run_id: str) -> dict[str, Any]:
 
 def list_failed(store: Store, record: dict[str, Any], endpoint_url: str | None) -> Iterator[dict[str, Any]]:
     """Rows as ``list_source`` gives them. An object that was replaced meanwhile is listed as it is now."""
-    for file in record["files"]:
-        if not file["path"].startswith("errors/") or not file["rows"]:
+    for file in commit.files_of("errors", record["files"]):
+        if not file["rows"]:
             continue
         table = pq.read_table(io.BytesIO(store.read(file["path"], file["sha256"])))
         columns = ["source_uri", "size_bytes", "etag", "error_code"]
         for row in table.filter(pc.field("error_code").isin(MAY_PASS)).select(columns).to_pylist():
-            listed = {"uri": row["source_uri"], "size_bytes": row["size_bytes"], "etag": row["etag"]}
-            changed = row["error_code"] == "fetch_changed"
-            yield _as_it_is(row["source_uri"], endpoint_url) if changed else listed | {"modified_at": None}
+            uri = row["source_uri"]
+            if row["error_code"] == "fetch_changed":
+                yield _as_it_is(uri, endpoint_url)
+            else:
+                yield BLANK | {"uri": uri, "size_bytes": row["size_bytes"], "etag": row["etag"]}
 
 
 def _as_it_is(uri: str, endpoint_url: str | None) -> dict[str, Any]:
     location = parse_uri(uri)
+    if location.bucket is None:
+        return list_file(location.key)
+    listed = BLANK | {"uri": uri}
     try:
-        if location.bucket is None:
-            status = os.stat(location.key)
-            size, etag, modified = status.st_size, file_etag(status), datetime.fromtimestamp(status.st_mtime, UTC)
-        else:
-            head = s3_client(endpoint_url).head_object(Bucket=location.bucket, Key=location.key)
-            size, etag, modified = head["ContentLength"], head["ETag"].strip('"'), head["LastModified"]
-    except (OSError, ClientError):
-        # Gone or out of reach: fetching will say so, by error row.
-        return {"uri": uri, "size_bytes": None, "etag": None, "modified_at": None}
-    return {"uri": uri, "size_bytes": size, "etag": etag, "modified_at": modified}
+        head = s3_client(endpoint_url).head_object(Bucket=location.bucket, Key=location.key)
+    except ClientError:
+        return listed  # gone or out of reach: fetching will say so, by error row
+    etag, modified_at = head["ETag"].strip('"'), head["LastModified"]
+    return listed | {"size_bytes": head["ContentLength"], "etag": etag, "modified_at": modified_at}

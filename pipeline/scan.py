@@ -28,7 +28,7 @@ from pipeline.plan import Plan, load_plan
 from pipeline.preflight import Models, check_apart, check_models, check_output, check_readable
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
-from pipeline.report import report_key, write_report
+from pipeline.report import write_report
 from pipeline.retry import list_failed, read_parent
 from pipeline.source import DEFAULT_EXCLUDE, Manifest, Shard, build_manifest, list_source
 from pipeline.storage import check_endpoint, reason, redact, storage_errors_as_usage
@@ -120,9 +120,8 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
         labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
         # The record first: of a complete run the state may have been removed.
         record = commit.read_json(store, commit.record_key(run_id))
-        if record is None:
-            frozen = commit.read_frozen(store, run_id) or _start(config, store, run_id, plan, models)
-        _check_same_run(record or frozen, config, run_id, plan, models)
+        frozen = record or commit.read_frozen(store, run_id) or _start(config, store, run_id, plan, models)
+        _check_same_run(frozen, config, run_id, plan, models)
         if record is None:
             driver = Driver(config, store, run_id, frozen, plan, models)
     if record is None:
@@ -194,7 +193,7 @@ def finish(store: Store, record: dict[str, Any], plan: Plan, config: ScanConfig)
     try:
         if (commit.read_json(store, commit.status_key(run_id)) or {}).get("status") != "complete":
             commit.write_json(store, commit.status_key(run_id), record)
-        if not store.exists(report_key(run_id)):
+        if not store.exists(commit.report_key(run_id)):
             write_report(store, record, plan, config.endpoint_url, thumbnails=config.report_thumbnails)
         commit.sweep_attempts(store, run_id)
     except Exception as error:
@@ -259,8 +258,7 @@ class Driver:
     def _judge(self, labels: pa.Table | None) -> dict[str, Any] | None:
         if labels is None:
             return None
-        ledgers = [file for file in self.ledger.files if file["path"].startswith("ledger/")]
-        return judge_run(self.store, ledgers, labels).to_json()
+        return judge_run(self.store, commit.files_of("ledger", self.ledger.files), labels).to_json()
 
     def _write_status(self, status: str, began: float, **more: Any) -> None:
         commit.write_json(self.store, commit.status_key(self.run_id), self._record(status, began, None, None) | more)
@@ -307,7 +305,7 @@ class Driver:
     def _record_failure(self, line: str, began: float) -> None:
         if self.ledger.is_current():
             self._write_status("failed", began, failure=line)
-            self.store.write(f"runs/{self.run_id}/failure.txt", redact(traceback.format_exc()).encode())
+            self.store.write(commit.failure_key(self.run_id), redact(traceback.format_exc()).encode())
 
 
 def _one_line(error: BaseException) -> str:

@@ -34,6 +34,8 @@ LISTED = pa.schema(
     [MANIFEST.field(name) for name in ("uri", "size_bytes", "etag", "modified_at", "image_id")]
     + [pa.field("rank", pa.int64())]
 )
+BLANK = dict.fromkeys(("size_bytes", "etag", "modified_at"))
+"""What a source does not tell of an object."""
 LISTED_CHUNK = 50_000
 ROW_GROUP = 4096
 SORT_MEMORY = "1GB"
@@ -102,19 +104,18 @@ def _list_folder(folder: Path) -> Iterator[dict[str, Any]]:
         walked.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in walked]
         for name in names:
-            path = os.path.join(parent, name)
-            try:
-                status = os.stat(path)
-            except OSError:
-                # Gone or unreadable between listing and stat: fetch will say so, by error row.
-                yield {"uri": Location(None, path).uri, "size_bytes": None, "etag": None, "modified_at": None}
-                continue
-            yield {
-                "uri": Location(None, path).uri,
-                "size_bytes": status.st_size,
-                "etag": file_etag(status),
-                "modified_at": datetime.fromtimestamp(status.st_mtime, UTC),
-            }
+            yield list_file(os.path.join(parent, name))
+
+
+def list_file(path: str) -> dict[str, Any]:
+    """The row of one local file. Gone or unreadable, it is listed by name: fetch will say so, by error row."""
+    listed = BLANK | {"uri": Location(None, path).uri}
+    try:
+        status = os.stat(path)
+    except OSError:
+        return listed
+    modified_at = datetime.fromtimestamp(status.st_mtime, UTC)
+    return listed | {"size_bytes": status.st_size, "etag": file_etag(status), "modified_at": modified_at}
 
 
 def file_etag(status: os.stat_result) -> str:
@@ -149,12 +150,11 @@ def _list_table(location: Location, endpoint_url: str | None) -> Iterator[dict[s
         table = table.select([field.name for field in columns]).cast(pa.schema(columns))
     except (pa.ArrowException, ValueError) as error:
         raise UsageError(f"source {location.uri}: {error}") from error
-    blank = dict.fromkeys(("size_bytes", "etag", "modified_at"))
     for row in table.to_pylist():
         if not row["uri"]:
             raise UsageError(f"source {location.uri}: a row has no uri")
         uri = parse_uri(row["uri"]).uri  # a local path gets its file:// form; what is neither is refused here
-        yield blank | row | {"uri": uri, "etag": row["etag"].strip('"') if row.get("etag") else None}
+        yield BLANK | row | {"uri": uri, "etag": row["etag"].strip('"') if row.get("etag") else None}
 
 
 def build_manifest(

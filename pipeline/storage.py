@@ -44,6 +44,7 @@ READ_SECONDS = 60
 CREDENTIAL_TTL = timedelta(minutes=10)
 READ_PATIENCE = 20.0
 """Seconds for which a single read of a file that the user named is tried again."""
+LONGEST_PAUSE = 15.0
 LISTING_THREADS = 16
 LISTING_DEPTH = 3
 ANSWERS = (FileNotFoundError, NotFoundError, AlreadyExistsError, PreconditionError)
@@ -134,9 +135,7 @@ def open_bucket(bucket: str, prefix: str | None, endpoint_url: str | None, **opt
     )
 
 
-def patiently(
-    request: Callable[[], T], seconds: float, final: tuple[type[Exception], ...] = ANSWERS, longest_pause: float = 15.0
-) -> T:
+def patiently(request: Callable[[], T], seconds: float, final: tuple[type[Exception], ...] = ANSWERS) -> T:
     """Tries a request again, with growing random pauses, until it gets through, fails finally or time is up.
 
     Raises what is final as it is, and StoreError with the redacted reason for the rest: it may go into a log.
@@ -146,7 +145,7 @@ def patiently(
             lambda error: isinstance(error, (BaseError, OSError)) and not isinstance(error, final)
         ),
         stop=stop_after_delay(seconds),
-        wait=wait_random_exponential(multiplier=0.5, max=longest_pause),
+        wait=wait_random_exponential(multiplier=0.5, max=LONGEST_PAUSE),
         reraise=True,
     )
     try:

@@ -156,11 +156,11 @@ def check_writable(store: Store) -> None:
     probe = f"_state/probe-{uuid.uuid4().hex}"  # two scans may start at once
     try:
         store.write(probe, b"dorfman was here")
-        refused = not _creates(store, probe)
+        overwrites = _creates(store, probe)
         store.delete([probe])
     except (BaseError, OSError, BotoCoreError, ValueError) as error:
         raise UsageError(f"cannot write to {store.name}: {reason(error)}") from error
-    if not refused:
+    if overwrites:
         raise UsageError(
             f"{store.name} overwrites what a conditional PUT (If-None-Match: *) must not: two drivers of one run could "
             "both commit a shard. Use a store that has it, or promise with --single-driver that a run is never "

@@ -76,8 +76,7 @@ def fill(bucket: Path, rows: int) -> None:
 def test_every_row_arrives_and_the_driver_does_not_grow(rclone, tmp_path, rows, shard_size):
     url, bucket = rclone
     fill(bucket, rows)
-    pools = {"windows_per_call": 1}
-    plan = small_plan(tmp_path, QUICK, window={"images": 1024}, batch_images=256, **pools)
+    plan = small_plan(tmp_path, QUICK, window={"images": 1024}, batch_images=256)
     command = [sys.executable, "-m", "jobs.scan", "--source", "s3://load/keys.parquet", "--output", "s3://load/out"]
     command += ["--endpoint-url", url, "--plan", str(plan), "--run-id", "r", "--shard-size", str(shard_size)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)

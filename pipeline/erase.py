@@ -49,8 +49,8 @@ class Rewritten:
     path: str
     rows: int
     """Rows that go."""
-    body: bytes | None = field(default=None, repr=False)
-    """The file without them; None for what is made from the tables."""
+    sha256: str | None = None
+    """Of the file without them; None for what is made from the tables."""
     uris: frozenset[str] = field(default=frozenset(), repr=False)
 
 
@@ -90,33 +90,35 @@ def _changes_in_run(store: Store, run: str, subject: Subject, known: set[str]) -
         stale |= digest(body) != file["sha256"]
         if digest(body) not in {file["sha256"], *known}:
             raise RunError(f"{file['path']} is not what the record of run {run!r} says: somebody has changed it")
-        change = _without(file["path"], body, subject)
-        if change:
-            found.append(change)
+        found += _change(file["path"], body, subject)
     for key in _parquet(store, run):
-        change = _without(key, store.read(key), subject)
-        if change:
-            found.append(change)
+        found += _change(key, store.read(key), subject)
     derived = [key(run) for key in (commit.record_key, commit.status_key, commit.report_key, commit.failure_key)]
     return [*found, *(Rewritten(path=path, rows=0) for path in derived)] if found or stale else []
 
 
-def _without(path: str, body: bytes, subject: Subject) -> Rewritten | None:
+def _change(path: str, body: bytes, subject: Subject) -> list[Rewritten]:
+    """What erasing would do to a file: one change, or none."""
     table = pq.read_table(io.BytesIO(body))
-    gone = subject.rows(table)
-    removed = pc.sum(gone).as_py() or 0
-    if not removed:
-        return None
-    kept = table.filter(pc.invert(gone))
-    content = manifest_bytes(kept) if path.startswith("_state/") else table_bytes(kept)
-    uris = table.filter(gone)[_uri_column(table)].to_pylist()
-    return Rewritten(path=path, rows=removed, body=content, uris=frozenset(uris))
+    gone = table.filter(subject.rows(table))
+    if not gone.num_rows:
+        return []
+    uris = frozenset(gone[_uri_column(table)].to_pylist())
+    return [Rewritten(path=path, rows=gone.num_rows, sha256=digest(_without(path, body, subject)), uris=uris)]
+
+
+def _without(path: str, body: bytes, subject: Subject) -> bytes:
+    """A file without the subject's rows; the same bytes whenever it is made, for the log names them by digest."""
+    table = pq.read_table(io.BytesIO(body))
+    kept = table.filter(pc.invert(subject.rows(table)))
+    return manifest_bytes(kept) if path.startswith("_state/") else table_bytes(kept)
 
 
 def _rewrite(store: Store, run: str, changes: list[Rewritten], subject: Subject) -> None:
+    # Made a second time, file by file: a year of nightly runs holds an object in more than memory holds.
     for change in changes:
-        if change.body is not None:
-            store.write(change.path, change.body)
+        if change.sha256 is not None:
+            store.write(change.path, _without(change.path, store.read(change.path), subject))
     record = commit.read_json(store, commit.record_key(run))
     assert record is not None
     for file in record["files"]:
@@ -143,7 +145,7 @@ def _parquet(store: Store, run: str) -> list[str]:
 
 
 def _holds(store: Store, key: str, subject: Subject) -> bool:
-    return _without(key, store.read(key), subject) is not None
+    return bool(_change(key, store.read(key), subject))
 
 
 def _digests_of_erasures(store: Store) -> set[str]:
@@ -153,9 +155,6 @@ def _digests_of_erasures(store: Store) -> set[str]:
 
 def _log(store: Store, rewritten: list[Rewritten]) -> None:
     moment = datetime.now(UTC)
-    files = [
-        {"path": file.path, "rows_removed": file.rows, "sha256": digest(file.body) if file.body is not None else None}
-        for file in rewritten
-    ]
+    files = [{"path": file.path, "rows_removed": file.rows, "sha256": file.sha256} for file in rewritten]
     key = f"erasures/{moment:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}.json"
     commit.write_json(store, key, {"begun_at": moment.isoformat(), "files": files})

@@ -53,6 +53,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def upload(corpus: Path, endpoint: str, bucket: str, limit: int | None = None) -> None:
+    """Makes a bucket and puts a corpus's pictures, or the first of them, below ``all/``."""
+    from pipeline.storage import s3_client
+
+    client = s3_client(endpoint)
+    client.create_bucket(Bucket=bucket)
+    pictures = [path for path in sorted(corpus.rglob("*.*")) if path.suffix != ".parquet"]
+    for path in pictures[:limit]:
+        client.upload_file(str(path), bucket, f"all/{path.relative_to(corpus)}")
+
+
 GROUPS = {
     "name": "groups",
     "categories": ["trefoil"],

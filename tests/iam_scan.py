@@ -18,16 +18,15 @@ from botocore.exceptions import ClientError
 from pipeline.demo import serve_s3
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
+from tests.conftest import upload
 
 
 def main(pictures: str, plan: str, policy: str) -> None:
     with serve_s3() as endpoint:
         admin = s3_client(endpoint)
-        for bucket in ("source-bucket", "output-bucket", "other-bucket"):
+        for bucket in ("output-bucket", "other-bucket"):
             admin.create_bucket(Bucket=bucket)
-        for path in sorted(Path(pictures).rglob("*.*")):
-            if path.suffix != ".parquet":
-                admin.upload_file(str(path), "source-bucket", f"all/{path.name}")
+        upload(Path(pictures), endpoint, "source-bucket")
         become_worker(
             endpoint, policy.replace("SOURCE-BUCKET", "source-bucket").replace("OUTPUT-BUCKET", "output-bucket")
         )

@@ -22,9 +22,8 @@ from pipeline import commit
 from pipeline.clean import find_litter
 from pipeline.commit import Ledger
 from pipeline.errors import RunError
-from pipeline.storage import s3_client
 from pipeline.store import Store
-from tests.conftest import QUICK, small_plan
+from tests.conftest import QUICK, small_plan, upload
 from tests.faults import Faults, fault_proxy
 from tests.test_commit import Run
 from tests.test_jobs import expect, run
@@ -162,10 +161,7 @@ def test_no_credential_is_in_any_file_or_line(scanned, ray_folder):
 
 def test_a_server_that_repeats_credentials_puts_them_into_no_file_or_line(corpus, s3_endpoint, ray_folder, tmp_path):
     """Errors of S3 servers name the key id and the string that was signed: on pictures, on the output, on labels."""
-    client = s3_client(s3_endpoint)
-    client.create_bucket(Bucket="talkative")
-    for path in sorted((corpus / "0000").iterdir())[:60]:
-        client.upload_file(str(path), "talkative", f"all/{path.name}")
+    upload(corpus, s3_endpoint, "talkative", limit=60)
     signed = "AWS4-HMAC-SHA256/canary-string-to-sign"
     refusal = f"<AWSAccessKeyId>{CANARY['AWS_ACCESS_KEY_ID']}</AWSAccessKeyId><StringToSign>{signed}</StringToSign>"
     faults = Faults(share={"403": 1.0}, refusal=refusal)

@@ -18,7 +18,7 @@ from pipeline.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from pipeline.store import Store
 from pipeline.window import Image, Window
-from tests.conftest import QUICK, small_plan
+from tests.conftest import QUICK, small_plan, upload
 from tests.faults import PASSING, Faults, fault_proxy
 
 FAST = Preparation(fetch_seconds=3)
@@ -215,14 +215,6 @@ def test_a_store_that_hangs_does_not_hold_a_window_for_ever(bucket, monkeypatch)
     assert {image.error_code for image in fetched} == {"fetch_timeout"}
     # One round of four for 3 s, five more for 0.3 s.
     assert time.monotonic() - began < 3 + 5 * 0.3 + 4
-
-
-def upload(folder: Path, endpoint: str, bucket: str) -> None:
-    client = s3_client(endpoint)
-    client.create_bucket(Bucket=bucket)
-    for path in sorted(folder.rglob("*")):
-        if path.suffix not in (".parquet", ""):
-            client.upload_file(str(path), bucket, f"all/{path.relative_to(folder)}")
 
 
 class Weather:

@@ -22,9 +22,8 @@ import yaml
 from pipeline.examples import read_labels
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.schema import ERRORS, FLAGGED, LEDGER
-from pipeline.storage import s3_client
 from pipeline.store import Store
-from tests.conftest import small_plan
+from tests.conftest import small_plan, upload
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -159,11 +158,7 @@ def test_survivors_are_decoded_again_for_a_stage_of_another_size(corpus, scanned
 
 
 def test_a_scan_through_s3_gives_the_verdicts_of_a_local_one(scanned, corpus, s3_endpoint, tmp_path):
-    client = s3_client(s3_endpoint)
-    client.create_bucket(Bucket="pictures")
-    files = [path for path in corpus.rglob("*") if path.is_file()]
-    for path in files:
-        client.upload_file(str(path), "pictures", f"all/{path.relative_to(corpus)}")
+    upload(corpus, s3_endpoint, "pictures")
     record = run_scan(
         ScanConfig(
             source="s3://pictures/all/",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import yaml
 
+from jobs import scan
+from jobs.cli import parse, run_job
 from pipeline.examples import read_labels
 from tests.conftest import small_plan
 
@@ -19,6 +23,16 @@ def run(job: str, *arguments: str, **environment: str) -> subprocess.CompletedPr
     command = [sys.executable, "-m", f"jobs.{job}", *arguments]
     env = {key: value for key, value in (os.environ | environment).items() if value}
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+
+
+def refuse(*arguments: str) -> subprocess.CompletedProcess:
+    """``jobs.scan`` in this process, for mistakes that it finds before Ray: a new interpreter imports torch first."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["jobs.scan", *arguments])
+        with pytest.raises(SystemExit) as end:
+            run_job("jobs.scan", scan.JobConfig, scan.run)
+    return subprocess.CompletedProcess(arguments, end.value.code, out.getvalue(), err.getvalue())
 
 
 def expect(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
@@ -52,9 +66,7 @@ def test_no_credentials(tmp_path):
 
 
 def test_wrong_endpoint(tmp_path):
-    result = run(
-        "scan", "--source", "s3://b/x", "--output", str(tmp_path / "o"), "--endpoint-url", "http://127.0.0.1:9"
-    )
+    result = refuse("--source", "s3://b/x", "--output", str(tmp_path / "o"), "--endpoint-url", "http://127.0.0.1:9")
     expect(result, 2, "cannot list s3://b/x", "127.0.0.1:9")
 
 
@@ -62,32 +74,32 @@ def test_empty_prefix(s3_endpoint, tmp_path):
     from pipeline.storage import s3_client
 
     s3_client(s3_endpoint).create_bucket(Bucket="bare")
-    result = run("scan", "--source", "s3://bare/x", "--output", str(tmp_path / "o"), "--endpoint-url", s3_endpoint)
+    result = refuse("--source", "s3://bare/x", "--output", str(tmp_path / "o"), "--endpoint-url", s3_endpoint)
     expect(result, 2, "s3://bare/x holds no images")
 
 
 def test_missing_bucket(s3_endpoint, tmp_path):
-    result = run("scan", "--source", "s3://nowhere/x", "--output", str(tmp_path / "o"), "--endpoint-url", s3_endpoint)
+    result = refuse("--source", "s3://nowhere/x", "--output", str(tmp_path / "o"), "--endpoint-url", s3_endpoint)
     expect(result, 2, "cannot list s3://nowhere/x", "NoSuchBucket")
 
 
 def test_unwritable_output(pictures):
-    expect(run("scan", "--source", pictures, "--output", "/proc/dorfman"), 2, "cannot write to /proc/dorfman")
+    expect(refuse("--source", pictures, "--output", "/proc/dorfman"), 2, "cannot write to /proc/dorfman")
 
 
 def test_output_inside_source(pictures):
-    expect(run("scan", "--source", pictures, "--output", f"{pictures}/out"), 2, "lies inside source")
+    expect(refuse("--source", pictures, "--output", f"{pictures}/out"), 2, "lies inside source")
 
 
 def test_missing_folder(tmp_path):
-    result = run("scan", "--source", str(tmp_path / "none"), "--output", str(tmp_path / "o"))
+    result = refuse("--source", str(tmp_path / "none"), "--output", str(tmp_path / "o"))
     expect(result, 2, "no such folder")
 
 
 def test_plan_with_a_missing_model(pictures, tmp_path):
     plan = small_plan(tmp_path)
     plan.write_text(plan.read_text().replace("model: emblem", "model: no-such-net"))
-    result = run("scan", "--source", pictures, "--output", str(tmp_path / "o"), "--plan", str(plan))
+    result = refuse("--source", pictures, "--output", str(tmp_path / "o"), "--plan", str(plan))
     expect(result, 2, "'no-such-net' is missing", "emblem-mini")
 
 
@@ -104,7 +116,7 @@ def test_broken_plan(pictures, tmp_path, old, new, words):
     plan = small_plan(tmp_path)
     assert old in plan.read_text()
     plan.write_text(plan.read_text().replace(old, new))
-    result = run("scan", "--source", pictures, "--output", str(tmp_path / "o"), "--plan", str(plan))
+    result = refuse("--source", pictures, "--output", str(tmp_path / "o"), "--plan", str(plan))
     expect(result, 2, *words)
 
 
@@ -117,21 +129,21 @@ def test_pools_that_do_not_fit_the_machine_fail_at_once(pictures, tmp_path):
 
 
 def test_wrong_flags(tmp_path):
-    expect(run("scan", "--sauce", "x"), 2, "Unknown option", "--source")
-    expect(run("scan"), 2, "either --source", "--demo")
-    expect(run("scan", "--demo", "--output", "s3://b/x"), 2, "writes to a local folder")
-    expect(run("scan", "--source", "x", "--shard-size", "many"), 2, "--shard-size", "many")
-    expect(run("scan", "--source", "x", "--shard-size", "0"), 2, "shard size is 0")
-    expect(run("scan", "--source", "x", "--run-id", "../../etc"), 2, "run id")
-    expect(run("scan", "--source", "ftp://x/y", "--output", str(tmp_path)), 2, "only s3:// and local paths")
-    expect(run("scan", "--config", str(tmp_path / "none.yaml")), 2, "No such file")
+    expect(refuse("--sauce", "x"), 2, "Unknown option", "--source")
+    expect(refuse(), 2, "either --source", "--demo")
+    expect(refuse("--demo", "--output", "s3://b/x"), 2, "writes to a local folder")
+    expect(refuse("--source", "x", "--shard-size", "many"), 2, "--shard-size", "many")
+    expect(refuse("--source", "x", "--shard-size", "0"), 2, "shard size is 0")
+    expect(refuse("--source", "x", "--run-id", "../../etc"), 2, "run id")
+    expect(refuse("--source", "ftp://x/y", "--output", str(tmp_path)), 2, "only s3:// and local paths")
+    expect(refuse("--config", str(tmp_path / "none.yaml")), 2, "No such file")
 
 
 def test_labels_that_are_no_labels(pictures, tmp_path):
     (tmp_path / "labels.parquet").write_bytes(b"no parquet")
     arguments = ("--source", pictures, "--output", str(tmp_path / "o"))
-    expect(run("scan", *arguments, "--labels", str(tmp_path / "labels.parquet")), 2, "wanted Parquet with uri")
-    expect(run("scan", *arguments, "--labels", str(tmp_path / "none.parquet")), 2, "no such file")
+    expect(refuse(*arguments, "--labels", str(tmp_path / "labels.parquet")), 2, "wanted Parquet with uri")
+    expect(refuse(*arguments, "--labels", str(tmp_path / "none.parquet")), 2, "no such file")
 
 
 def test_help_names_every_field_and_the_exit_codes():
@@ -153,21 +165,18 @@ def test_help_names_every_field_and_the_exit_codes():
 
 
 def test_configuration_file_gives_values_that_flags_override(pictures, tmp_path):
-    from jobs.cli import parse
-    from jobs.scan import JobConfig
-
     file = tmp_path / "nightly.yaml"
     file.write_text("source: s3://bucket/x\nshard-size: 77\nexclude: ['*.tmp']\n")
-    config = parse("jobs.scan", JobConfig, ["--config", str(file), "--shard-size", "5"])
+    config = parse("jobs.scan", scan.JobConfig, ["--config", str(file), "--shard-size", "5"])
     assert (config.source, config.shard_size, config.exclude) == ("s3://bucket/x", 5, ("*.tmp",))
-    config = parse("jobs.scan", JobConfig, ["--source", "y", "--exclude", "a", "b*"])
+    config = parse("jobs.scan", scan.JobConfig, ["--source", "y", "--exclude", "a", "b*"])
     assert config.exclude == ("a", "b*")
 
 
 def test_a_configuration_file_runs_no_code(tmp_path):
     file = tmp_path / "nightly.yaml"
     file.write_text(f"source: !!python/object/apply:os.mkdir [{tmp_path}/ran]")
-    expect(run("scan", "--config", str(file)), 2, "is not YAML", "could not determine a constructor")
+    expect(refuse("--config", str(file)), 2, "is not YAML", "could not determine a constructor")
     assert not (tmp_path / "ran").exists()
 
 
@@ -191,5 +200,5 @@ def test_a_demo_of_what_the_corpus_cannot_draw_is_refused(tmp_path):
         {"name": "one", "model": "cifar-mini", "rounds": [1], "thresholds": {"automobile": [0.5]}, "input_size": 32}
     ]
     plan.write_text(yaml.safe_dump(content))
-    result = run("scan", "--demo", "--plan", str(plan), "--output", str(tmp_path / "out"))
+    result = refuse("--demo", "--plan", str(plan), "--output", str(tmp_path / "out"))
     expect(result, 2, "automobile", "trefoil, star, bolt")

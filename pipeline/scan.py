@@ -261,7 +261,10 @@ class Driver:
         return judge_run(self.store, commit.files_of("ledger", self.ledger.files), labels).to_json()
 
     def _write_status(self, status: str, began: float, **more: Any) -> None:
-        commit.write_json(self.store, commit.status_key(self.run_id), self._record(status, began, None, None) | more)
+        content = self._record(status, began, None, None) | more
+        # Written after every shard: with the files of all shards before, it would grow with each.
+        del content["files"]
+        commit.write_json(self.store, commit.status_key(self.run_id), content)
 
     def _record(
         self, status: str, began: float, startup: float | None, quality: dict[str, Any] | None

@@ -56,22 +56,35 @@ def ray_session(pools: Sequence[Pool], what: str, row_bytes: int = 0) -> Iterato
 
 def _check_resources(pools: Sequence[Pool], what: str, patience: float = 0) -> None:
     """Pools whose minimum does not fit would make Ray wait for ever; a cluster is given time to grow."""
-    cpus = sum(pool.actors.min * pool.num_cpus for pool in pools)
-    gpus = sum(pool.actors.min * pool.num_gpus for pool in pools)
-    needs = {"CPU": cpus, "GPU": gpus}
     if patience:
         request_resources(
             bundles=[{"CPU": pool.num_cpus, "GPU": pool.num_gpus} for pool in pools for _ in range(pool.actors.min)]
         )
     deadline = time.monotonic() + patience
-    while missing := [kind for kind, need in needs.items() if need > ray.cluster_resources().get(kind, 0) + 1e-9]:
+    while lacking := _lacking(pools):
         if time.monotonic() >= deadline:
-            kind = missing[0]
-            raise RunError(
-                f"{what} needs at least {needs[kind]:g} {kind}s for its pools, but Ray has "
-                f"{ray.cluster_resources().get(kind, 0):g}; lower num_{kind.lower()}s or actors.min, or add nodes"
-            )
+            raise RunError(f"{what} needs {lacking}")
         time.sleep(2)
+
+
+def _lacking(pools: Sequence[Pool]) -> str:
+    """What the pools need and Ray has not, in words; empty when they fit."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for kind, wanted in (("CPU", [pool.num_cpus for pool in pools]), ("GPU", [pool.num_gpus for pool in pools])):
+        need = sum(pool.actors.min * amount for pool, amount in zip(pools, wanted, strict=True))
+        room = sum(node.get(kind, 0) for node in nodes)
+        largest = max((node.get(kind, 0) for node in nodes), default=0)
+        if need > room + 1e-9:
+            return (
+                f"at least {need:g} {kind}s for its pools, but Ray has {room:g}; lower num_{kind.lower()}s or "
+                "actors.min, or add nodes"
+            )
+        if max(wanted, default=0) > largest + 1e-9:
+            return (
+                f"{max(wanted):g} {kind}s for one actor, but no node has more than {largest:g}; lower "
+                f"num_{kind.lower()}s, or add larger nodes"
+            )
+    return ""
 
 
 def _check_object_store(row_bytes: int, what: str) -> None:

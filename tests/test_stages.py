@@ -128,11 +128,12 @@ def test_behind_a_stage_an_image_that_never_was_tested_leaves_no_hole(states, si
 
 
 @settings(deadline=None, max_examples=25)
-@given(states=STATES, thresholds=st.tuples(st.floats(0, 1), st.floats(0, 1)), final=st.booleans())
-def test_no_image_is_cleared_that_no_test_found_negative(model, states, thresholds, final):
+@given(states=STATES, ranks=st.lists(st.integers(-1, 101), min_size=4, max_size=4), final=st.booleans())
+def test_no_image_is_cleared_that_no_test_found_negative(model, spread, states, ranks, final):
     w = window_of(states)
     before = [image.outcome for image in w.images]
-    limits = {"a": list(thresholds), "b": [1.0, 1.0]}
+    # Thresholds among the scores that occur, so that either category is often the one that decides.
+    limits = {"a": [spread(rank, 0) for rank in ranks[:2]], "b": [spread(rank, 1) for rank in ranks[2:]]}
     (result,) = GroupStage(spec(model, thresholds=limits), ("a", "b"), final=final)([w])
     for was, image in zip(before, result.images, strict=True):
         if was is not None:
@@ -142,36 +143,70 @@ def test_no_image_is_cleared_that_no_test_found_negative(model, states, threshol
             assert last.scores[0] < limits["a"][last.round] and last.scores[1] < limits["b"][last.round]
         else:
             assert image.outcome == ("flagged" if final else None) and len(image.tests) == 2
-            assert all(test.scores[0] >= limits["a"][test.round] for test in image.tests)
+            for test in image.tests:
+                assert test.scores[0] >= limits["a"][test.round] or test.scores[1] >= limits["b"][test.round]
+
+
+def test_any_category_keeps_an_image_and_categories_keep_their_names(model):
+    windows = [window(64, number) for number in range(3)]
+    everything = {"a": [0.0], "b": [0.0]}
+    stage = GroupStage(spec(model, rounds=(16,), thresholds=everything), ("a", "b"), final=True)
+    scores = [image.tests[0].scores for w in stage(copy.deepcopy(windows)) for image in w.images]
+    median = float(np.median([b for _, b in scores]))
+    expected = ["flagged" if b >= median else "cleared" for _, b in scores]
+    assert set(expected) == {"flagged", "cleared"}
+    for order in (("a", "b"), ("b", "a")):
+        by_b = GroupStage(spec(model, rounds=(16,), thresholds={"a": [1.0], "b": [median]}), order, final=True)
+        found = [image for w in by_b(copy.deepcopy(windows)) for image in w.images]
+        assert [image.outcome for image in found] == expected
+        assert [image.tests[0].scores[order.index("b")] for image in found] == [b for _, b in scores]
+
+
+@pytest.fixture(scope="module")
+def spread(model):
+    """A category's score at a rank of a hundred among those of groups; beyond both ends 0 and 1."""
+    stage = GroupStage(spec(model, thresholds={"a": [0.0, 0.0], "b": [0.0, 0.0]}), ("a", "b"), final=True)
+    tests = [test for image in stage([window(60)])[0].images for test in image.tests]
+    columns = [sorted(test.scores[column] for test in tests) for column in (0, 1)]
+
+    def score(rank: int, column: int) -> float:
+        if not 0 <= rank <= 100:
+            return float(rank > 0)
+        return columns[column][rank * (len(columns[column]) - 1) // 100]
+
+    return score
 
 
 class Cramped:
-    """A device on which no batch of more than ``most`` images fits."""
+    """A device on which no batch of more than ``most`` images, or of what is left of as many, fits."""
 
-    def __init__(self, stage: GroupStage, most: int) -> None:
-        self.test, self.most, self.failures = stage.net.test, most, 0
-        stage.net.test = self
+    def __init__(self, stage: GroupStage, most: int, step: str = "test") -> None:
+        self.stage, self.most, self.failures = stage, most, 0
+        self.step = getattr(stage.net, step)
+        setattr(stage.net, step, self)
 
-    def __call__(self, images_NCHW, present_N, size):
-        if len(images_NCHW) > self.most:
+    def __call__(self, *args):
+        # Retests and second groupings see features; how large their batch is, the stage knows.
+        if self.stage.batch_images > self.most:
             self.failures += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return self.test(images_NCHW, present_N, size)
+        return self.step(*args)
 
 
-@pytest.mark.parametrize("groupings", [1, 2])
-def test_a_device_that_runs_out_of_memory_gets_smaller_batches_and_gives_the_same_verdicts(model, groupings):
+@pytest.mark.parametrize(("groupings", "step"), [(1, "test"), (1, "retest"), (2, "test"), (2, "regroup")])
+def test_a_device_that_runs_out_of_memory_gets_smaller_batches_and_gives_the_same_verdicts(model, groupings, step):
     windows = [window(64, number) for number in range(3)]
     threshold = split_threshold(model, windows)
     changes = {"rounds": (16,), "groupings": 2} if groupings == 2 else {}
     values = [threshold] * (1 if groupings == 2 else 2)
     wanted = spec(model, batch_images=128, thresholds={"a": values, "b": [1.0] * len(values)}, **changes)
     roomy, tight = (GroupStage(wanted, ("a", "b"), final=True) for _ in range(2))
-    cramped = Cramped(tight, most=32)
+    cramped = Cramped(tight, most=32, step=step)
     expected, found = roomy(copy.deepcopy(windows)), tight(copy.deepcopy(windows))
     assert cramped.failures == 2 and tight.batch_images == 32
     for mine, theirs in zip(found, expected, strict=True):
         assert [image.outcome for image in mine.images] == [image.outcome for image in theirs.images]
+        assert [len(image.tests) for image in mine.images] == [len(image.tests) for image in theirs.images]
         assert [work.tests for work in mine.work] == [work.tests for work in theirs.work]
         assert np.array_equal(mine.pixels, theirs.pixels) if mine.pixels is not None else theirs.pixels is None
     tight(copy.deepcopy(windows))

@@ -41,6 +41,8 @@ class Faults:
     seed: int = 0
     forgets_conditions: bool = False
     """Whether a PUT loses its If-None-Match on the way, as in a store that does not know it."""
+    hides_checksums: bool = False
+    """Whether answers lose the checksums that the server keeps, as in a store that keeps none."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Raw paths that the server has under another one."""
     hits: Counter[str] = field(default_factory=Counter)
@@ -121,6 +123,8 @@ async def _answer(
         if fault == "lost":
             return _hang_up(request)
         kept = {name: value for name, value in answer.headers.items() if name.lower() not in ("connection", "date")}
+        if faults.hides_checksums:
+            kept = {name: value for name, value in kept.items() if not name.lower().startswith("x-amz-checksum")}
         if request.method == "HEAD":
             return web.Response(status=answer.status, headers=kept)
         kept.pop("Transfer-Encoding", None)

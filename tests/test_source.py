@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -71,6 +72,17 @@ def build(tmp_path, listed, *, salt="s", shard_size=1000, **window):
 def test_every_legal_key_is_listed_once_and_folders_and_patterns_are_not(odd_bucket):
     listed = [row["uri"] for row in list_source("s3://odd/top/", EXCLUDE, odd_bucket)]
     assert sorted(listed) == sorted(f"s3://odd/top/{key}" for key in ODD_KEYS)
+
+
+def test_more_keys_than_a_page_holds_are_listed_at_every_depth(s3_endpoint):
+    client = s3_client(s3_endpoint)
+    client.create_bucket(Bucket="deep")
+    places = ("", "1/2/3/4/5/", "1/")
+    keys = [f"{place}{number:04d}.jpg" for place in places for number in range(1001 if place != "1/" else 2)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda key: client.put_object(Bucket="deep", Key=key, Body=b""), keys))
+    listed = [row["uri"] for row in list_source("s3://deep/", EXCLUDE, s3_endpoint)]
+    assert sorted(listed) == sorted(f"s3://deep/{key}" for key in keys)
 
 
 def test_every_legal_key_is_fetched_as_it_is(odd_bucket, tmp_path):

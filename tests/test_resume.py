@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import RunError, UsageError
+from pipeline.retry import list_failed
 from pipeline.scan import ScanConfig, run_scan
+from pipeline.schema import ERRORS
+from pipeline.sink import table_bytes
 from pipeline.storage import s3_client
-from pipeline.store import Store
+from pipeline.store import Store, digest
 from tests.conftest import QUICK, small_plan
 from tests.faults import Faults, fault_proxy
 
@@ -104,9 +110,61 @@ def moody(s3_endpoint: str) -> str:
 def test_an_output_that_refuses_writes_for_a_while_is_waited_for(corpus, tmp_path, moody):
     closed = Closed(6.0)
     with fault_proxy(moody, closed.faults) as url:
-        record = run_scan(config(corpus, "s3://moody/waited", tmp_path, endpoint_url=url, output_patience=60))
+        wanted = config(corpus, "s3://moody/waited", tmp_path, endpoint_url=url, output_patience=60, kms_key="key")
+        record = run_scan(wanted)
     assert record["counts"]["listed"] == 320 and record["committed_before"] == 0
     assert closed.faults.hits["403"] > 1
+    check_everything_is_under_the_key(moody, "waited/")
+
+
+def check_everything_is_under_the_key(endpoint: str, prefix: str) -> None:
+    client = s3_client(endpoint)
+    keys = [entry["Key"] for entry in client.list_objects_v2(Bucket="moody", Prefix=prefix)["Contents"]]
+    heads = [client.head_object(Bucket="moody", Key=key) for key in keys]
+    assert len(heads) > 20 and {head.get("SSEKMSKeyId") for head in heads} == {"key"}
+
+
+def test_a_stream_that_ends_early_completes_nothing_and_only_the_rest_is_done_later(corpus, tmp_path, monkeypatch):
+    import pipeline.scan as module
+
+    source, output = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(corpus, source)
+    wanted = config(source, output, tmp_path)
+    stream = module.stream
+    monkeypatch.setattr(module, "stream", lambda *args: list(stream(*args))[:-1])
+    with pytest.raises(RunError, match=r"1 shards were not finished though the stream has ended.*--run-id r to go on"):
+        run_scan(wanted)
+    assert not (output / "runs/r.json").exists()
+    status = json.loads((output / "runs/r/status.json").read_text())
+    assert (status["status"], status["counts"]["listed"]) == ("failed", 256) and "not finished" in status["failure"]
+    assert "Traceback" in (output / "runs/r/failure.txt").read_text()
+
+    # What comes to the source later is another run's, and so is another plan.
+    shutil.copy(next(source.rglob("*.jpg")), source / "later.jpg")
+    (tmp_path / "other").mkdir()
+    other = small_plan(tmp_path / "other", QUICK, window={"images": 16})
+    with pytest.raises(UsageError, match="'r' was started with plan version"):
+        run_scan(replace(wanted, plan=str(other)))
+
+    done = {json.loads(path.read_text())["shard"] for path in output.glob("_state/r/markers/*.json")}
+    assert len(done) == 4
+    asked: list[int] = []
+
+    def note(plan: object, refs: pa.Table, destination: object) -> Iterator[dict]:
+        asked.extend(refs["shard"].to_pylist())
+        return stream(plan, refs, destination)
+
+    monkeypatch.setattr(module, "stream", note)
+    record = run_scan(wanted)
+    assert set(asked) == set(range(5)) - done
+    assert (record["listed"], record["committed_before"]) == (320, 256) and len(outcomes(output)) == 320
+    assert "later.jpg" not in outcomes(output)
+
+    shutil.rmtree(output / "_state")
+    before = contents(output)
+    assert run_scan(wanted) == json.loads(json.dumps(record))
+    after = contents(output)
+    assert {path: after[path] for path in before} == before
 
 
 @pytest.mark.slow
@@ -168,6 +226,28 @@ def test_errors_that_may_pass_are_scanned_again_in_a_run_of_their_own(half_reada
     with pytest.raises(UsageError, match="was started with --retry-errors r, not None"):
         run_scan(config(half_readable, output, tmp_path, run_id="again"))
     check_report_is_added(wanted, output, record)
+
+
+def test_what_may_pass_is_taken_from_the_errors_of_its_parent(s3_endpoint, tmp_path):
+    client = s3_client(s3_endpoint)
+    client.create_bucket(Bucket="parent")
+    may_pass = [
+        "fetch_denied", "fetch_throttled", "fetch_timeout", "fetch_failed", "fetch_short", "fetch_corrupt",
+        "decode_memory", "decode_timeout", "decode_crash",
+    ]  # fmt: skip
+    codes = [*may_pass, "fetch_not_found", "too_large", "empty", "not_an_image", "truncated", "score_not_finite"]
+    rows = [{"source_uri": f"s3://parent/{code}", "error_code": code, "etag": "old", "size_bytes": 7} for code in codes]
+    rows += [
+        {"source_uri": f"s3://parent/{name}", "error_code": "fetch_changed", "etag": "old"} for name in ("new", "x")
+    ]
+    etag = client.put_object(Bucket="parent", Key="new", Body=b"four")["ETag"].strip('"')
+    store = Store(str(tmp_path))
+    body = table_bytes(pa.Table.from_pylist(rows, ERRORS))
+    store.write("errors/e.parquet", body)
+    record = {"files": [{"path": "errors/e.parquet", "rows": len(rows), "sha256": digest(body)}]}
+    found = {row["uri"]: (row["etag"], row["size_bytes"]) for row in list_failed(store, record, s3_endpoint)}
+    as_it_was = {f"s3://parent/{code}": ("old", 7) for code in may_pass}
+    assert found == as_it_was | {"s3://parent/new": (etag, 4), "s3://parent/x": (None, None)}
 
 
 def check_report_is_added(wanted: ScanConfig, output: Path, record: dict) -> None:

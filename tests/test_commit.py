@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from pipeline import commit
 from pipeline.commit import Ledger
 from pipeline.errors import RunError
+from pipeline.fetch import Fetcher
 from pipeline.flow import window_refs
-from pipeline.plan import WindowSpec, parse_plan
+from pipeline.plan import Preparation, WindowSpec, parse_plan
 from pipeline.sink import Sink
 from pipeline.source import build_manifest
+from pipeline.storage import s3_client
 from pipeline.store import Store
 from pipeline.tally import Tally, stage_rows
 from pipeline.window import GroupTest, Image, Window, Work, windows_from_table, windows_to_table
@@ -29,9 +31,11 @@ PLAN = parse_plan(content(window={"images": 16}), "test")
 class Run:
     """A run of ``images`` images in shards of ``shard_size``, whose windows are decided by hand."""
 
-    def __init__(self, folder, images: int = 80, shard_size: int = 32, salt: str = "s") -> None:
-        self.output = str(folder)
-        self.store = Store(self.output)
+    def __init__(
+        self, output, images: int = 80, shard_size: int = 32, salt: str = "s", endpoint: str | None = None
+    ) -> None:
+        self.output = str(output)
+        self.store = Store(self.output, endpoint)
         moment = datetime(2026, 1, 1, tzinfo=UTC)
         rows = [{"uri": f"s3://b/{i}", "size_bytes": 1, "etag": "e", "modified_at": moment} for i in range(images)]
         self.manifest = build_manifest(
@@ -45,7 +49,7 @@ class Run:
     def windows(self) -> list[Window]:
         windows = []
         for ref in window_refs(self.store, list(self.manifest.shards)).to_pylist():
-            table = pq.read_table(f"{self.output}/{ref['key']}").slice(ref["first_row"], ref["rows"])
+            table = pq.read_table(pa.BufferReader(self.store.read(ref["key"]))).slice(ref["first_row"], ref["rows"])
             images = [Image(image_id=row["image_id"], uri=row["uri"]) for row in table.to_pylist()]
             for number, image in enumerate(images):
                 image.tests.append(GroupTest(stage="one", round=1, group_id="g", group_size=4, scores=[0.7]))
@@ -63,13 +67,25 @@ class Run:
     def receipts(self, windows: list[Window]) -> list[dict]:
         return self.sink(windows)
 
-    def table(self, name: str):
-        return pq.read_table(f"{self.output}/{name}/scan_date=2026-01-01", partitioning=None)
+    def table(self, name: str) -> pa.Table:
+        """What a reader of the whole folder sees."""
+        bodies = [self.store.read(key) for key in sorted(self.store.sizes(f"{name}/scan_date=2026-01-01"))]
+        return pa.concat_tables([pq.read_table(pa.BufferReader(body)) for body in bodies])
 
 
 @pytest.fixture
 def run(tmp_path) -> Run:
     return Run(tmp_path)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def anywhere(request, tmp_path) -> Run:
+    """In a folder, where what is published is never replaced, and in a bucket, where it could be."""
+    if request.param == "folder":
+        return Run(tmp_path)
+    endpoint = request.getfixturevalue("s3_endpoint")
+    s3_client(endpoint).create_bucket(Bucket="commits")
+    return Run(f"s3://commits/{tmp_path.name}", endpoint=endpoint)
 
 
 def test_shards_are_committed_as_soon_as_their_windows_are_there(run):
@@ -243,13 +259,14 @@ def test_counts_merge_in_any_order(tallies, random):
     assert Tally.from_json(json.loads(json.dumps(total(tallies).to_json()))) == total(tallies)
 
 
+@pytest.mark.parametrize("damaged", ["flagged", "errors"])
 @pytest.mark.parametrize("damage", ["other ids", "rows twice", "other rows twice"])
-def test_tables_of_the_right_length_with_the_wrong_rows_are_never_marked(run, damage, monkeypatch):
+def test_tables_of_the_right_length_with_the_wrong_rows_are_never_marked(run, damage, damaged, monkeypatch):
     merge = Ledger._merge
 
     def merge_wrongly(self: Ledger, name: str, receipts: list[dict]) -> pa.Table:
         table = merge(self, name, receipts)
-        if name != "flagged":
+        if name != damaged:
             return table
         if damage == "other ids":
             ids = pa.array(["f" * 31 + str(place) for place in range(table.num_rows)])
@@ -289,8 +306,9 @@ def test_a_start_whose_answer_was_lost_is_no_rival(run, monkeypatch):
 
 def same_rows(ledger: Ledger, run: Run) -> tuple:
     """What a run has published, whoever wrote it and when."""
-    flagged = run.table("flagged").drop_columns(["scanned_at"]).sort_by("image_id")
-    return run.table("ledger").sort_by("ordinal").to_pylist(), flagged.to_pylist(), ledger.tally
+    tables = [run.table("ledger").sort_by("ordinal")]
+    tables += [run.table(name).drop_columns(["scanned_at"]).sort_by("image_id") for name in ("flagged", "errors")]
+    return *(table.to_pylist() for table in tables), ledger.tally
 
 
 @settings(max_examples=25, deadline=None)
@@ -376,6 +394,37 @@ def test_an_attempt_that_was_changed_on_its_way_is_not_believed(run):
     assert not run.store.sizes("_state/r/markers")
 
 
+def test_a_manifest_that_was_changed_on_its_way_is_not_believed(run):
+    ledger, shard = run.ledger(), run.manifest.shards[0]
+    receipts = run.receipts(run.windows())
+    (ref, *_) = window_refs(run.store, list(run.manifest.shards)).to_pylist()
+    body = bytearray(run.store.read(shard.key))
+    body[len(body) // 2] ^= 1
+    run.store.write(shard.key, bytes(body))
+    with pytest.raises(OSError, match="what came is not what was written"):
+        ledger.add(receipts[0])
+    with pytest.raises(OSError, match="what came is not what was written"):
+        Fetcher(run.store, None, Preparation())([ref])
+    with pytest.raises(OSError, match="what came is not what was written"):
+        window_refs(run.store, [shard])
+    assert not run.store.sizes("_state/r/markers")
+
+
+def test_whoever_goes_on_leaves_committed_tables_alone_even_when_somebody_has_changed_them(anywhere):
+    receipts = anywhere.receipts(anywhere.windows())
+    anywhere.ledger().add(receipts[0])
+    (path,) = anywhere.store.sizes("flagged")
+    edited = bytes(reversed(anywhere.store.read(path)))
+    anywhere.store.write(path, edited)
+    before = anywhere.store.objects("ledger") | anywhere.store.objects("flagged")
+    later = anywhere.ledger()
+    for receipt in receipts[1:]:
+        later.add(receipt)
+    after = anywhere.store.objects("ledger") | anywhere.store.objects("flagged")
+    assert len(after) == 6 and {key: after[key] for key in before} == before
+    assert anywhere.store.read(path) == edited
+
+
 def test_a_table_that_somebody_has_changed_is_not_written_over(run):
     run.ledger().add(run.receipts(run.windows())[0])
     (path,) = run.store.sizes("flagged")
@@ -392,6 +441,8 @@ def test_a_run_record_is_created_once(run):
     first, second = run.ledger(), run.ledger()
     for receipt in run.receipts(run.windows()):
         second.add(receipt)
+    with pytest.raises(AssertionError):
+        first.complete({"driver": 1})  # its shards are not done
     first.done = second.done
     with pytest.raises(RunError, match="taken over"):
         first.complete({"driver": 1})

@@ -15,13 +15,14 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import commit
-from pipeline.clean import find_litter
+from pipeline.clean import find_abandoned, find_litter
 from pipeline.commit import Ledger
-from pipeline.errors import RunError
+from pipeline.errors import RunError, UsageError
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan, upload
 from tests.faults import Faults, fault_proxy
@@ -74,10 +75,13 @@ def test_cleaning_takes_dead_files_and_never_what_a_marker_names(left_behind):
     assert resumed.pending == [] and left_behind.table("ledger").num_rows == 80
 
 
-def test_a_run_that_may_be_alive_is_left_alone(left_behind):
-    left_behind.ledger()  # a driver has just taken it over
+@pytest.mark.parametrize("sign", ["_state/r/epochs/000009.json", "_attempts/r/shard-00001/00000002-x/ledger.parquet"])
+def test_a_run_that_may_be_alive_is_left_alone(left_behind, sign):
+    left_behind.store.write(sign, b"of a driver that has just taken it over, or of a worker in its first shard")
     (litter,) = find_litter(left_behind.store, DAY)
     assert litter.keys == () and litter.reason.startswith("left alone: written to at")
+    with pytest.raises(UsageError, match="may have a living driver"):
+        find_abandoned(left_behind.store, "r", DAY)
     expect(run("clean", "--output", "x", "--older-than", "0.5"), 2, "a living driver may need 1")
 
 
@@ -174,11 +178,17 @@ def test_a_server_that_repeats_credentials_puts_them_into_no_file_or_line(corpus
         scan += ["--plan", plan, "--output-patience", "1"]
         failed = run(*scan, RAY_TMPDIR=str(ray_folder), **CANARY)
         labels = run(*scan, "--labels", "s3://talkative/labels.parquet", **CANARY)
+        faults.matches = lambda method, key: key.endswith("7.jpg")
+        done = run(*scan, "--run-id", "done", RAY_TMPDIR=str(ray_folder), **CANARY)
     assert failed.returncode == 1 and "403 Forbidden" in failed.stderr and faults.hits["403"] > 2
     assert labels.returncode == 2 and "403 Forbidden" in labels.stderr
-    said = [failed.stdout, failed.stderr, labels.stdout, labels.stderr]
+    assert done.returncode == 0, done.stderr
+    said = [text for result in (failed, labels, done) for text in (result.stdout, result.stderr)]
     store = Store("s3://talkative/out", s3_endpoint)
     kept = [store.read(key) for key in store.sizes("")]
+    (errors,) = (pq.read_table(pa.BufferReader(store.read(key))).to_pylist() for key in store.sizes("errors"))
+    assert len(errors) > 2 and all(error["error_code"] == "fetch_denied" for error in errors)
+    said += [error["error_detail"] for error in errors]  # a search of compressed bytes would not find it
     logs = [path.read_bytes() for path in ray_folder.rglob("*") if path.is_file() and not path.is_symlink()]
     assert len(kept) > 3 and len(logs) > 50
     for body in [*(text.encode() for text in said), *kept, *logs]:
@@ -196,6 +206,11 @@ def test_erasing_an_object_takes_it_out_of_everything(scanned, tmp_path):
     erasing = ["--output", str(output), "--image-id", victim["image_id"], "--uri", other["source_uri"]]
 
     (output / "runs/r/failure.txt").write_text(f"of an earlier driver: {other['source_uri']}")
+    # As if it had been judged by labels, and the other one missed.
+    record = json.loads((output / "runs/r.json").read_text())
+    record["quality"] = QUALITY | {"missed": [other["source_uri"], "file:///stays"]}
+    (output / "runs/r.json").write_text(json.dumps(record))
+    second = another_night(output, record)
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     dry = run("erase", *erasing, "--dry-run")
     assert dry.returncode == 0 and "nothing was rewritten" in dry.stdout
@@ -204,8 +219,9 @@ def test_erasing_an_object_takes_it_out_of_everything(scanned, tmp_path):
     done = run("erase", *erasing)
     assert done.returncode == 0, done.stderr
     for table, gone in (("ledger", 2), ("flagged", 1), ("errors", 1)):
-        (path,) = output.glob(f"{table}/*/*.parquet")
-        assert f"{path.relative_to(output)}: {gone} rows removed" in done.stdout
+        paths = list(output.glob(f"{table}/*/*.parquet"))
+        assert len(paths) == 2
+        assert all(f"{path.relative_to(output)}: {gone} rows removed" in done.stdout for path in paths)
     for path in output.rglob("*"):
         if path.is_file() and path.suffix != ".parquet":
             body = path.read_text()
@@ -214,13 +230,33 @@ def test_erasing_an_object_takes_it_out_of_everything(scanned, tmp_path):
             table = pq.read_table(path, partitioning=None)
             names = table[next(name for name in ("source_uri", "uri") if name in table.column_names)].to_pylist()
             assert victim["source_uri"] not in names and other["source_uri"] not in names, path
-    record = json.loads((output / "runs/r.json").read_text())
-    for file in record["files"]:
-        assert hashlib.sha256((output / file["path"]).read_bytes()).hexdigest() == file["sha256"]
+    for run_id in ("r", second):
+        record = json.loads((output / f"runs/{run_id}.json").read_text())
+        assert record["quality"]["missed"] == ["file:///stays"]
+        for file in record["files"]:
+            assert hashlib.sha256((output / file["path"]).read_bytes()).hexdigest() == file["sha256"]
     (log,) = (json.loads(path.read_text()) for path in output.glob("erasures/*.json"))
-    assert sum(file["rows_removed"] for file in log["files"]) == 2 + 1 + 1 + 2
+    # Ledger, flagged and errors of both runs, and the manifest of the first.
+    assert sum(file["rows_removed"] for file in log["files"]) == 2 * (2 + 1 + 1) + 2
     assert not (output / "runs/r/failure.txt").exists()
     assert "no complete run holds it" in run("erase", *erasing).stdout
+
+
+QUALITY = {
+    "recall": 0.5, "recall_interval": [0.0, 1.0], "positives": 2, "false_positive_rate": 0.0,
+    "false_positive_rate_interval": [0.0, 1.0], "negatives": 44, "unlabelled": 0, "unlisted_positives": 0,
+}  # fmt: skip
+
+
+def another_night(output: Path, record: dict) -> str:
+    """A second run over the same objects: the first one's tables and record under another name."""
+    files = []
+    for file in record["files"]:
+        path = file["path"].replace("/r-shard-", "/r2-shard-")
+        (output / path).write_bytes((output / file["path"]).read_bytes())
+        files.append(file | {"path": path})
+    (output / "runs/r2.json").write_text(json.dumps(record | {"run_id": "r2", "files": files}))
+    return "r2"
 
 
 @pytest.fixture

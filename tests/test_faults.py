@@ -241,7 +241,8 @@ class Weather:
 
     def __init__(self, endpoint: str, bucket: str, folder: Path, name: str = "calm", **plan: object) -> None:
         self.endpoint, self.bucket = endpoint, bucket
-        preparation = QUICK["preparation"] | {"fetch_seconds": 9}
+        # Time for six requests that stall: three in a row happen to two pictures in a hundred at a share of a fifth.
+        preparation = QUICK["preparation"] | {"fetch_seconds": 24}
         self.plan = str(small_plan(folder, QUICK, window={"images": 32}, preparation=preparation, **plan))
         self.calm = self.scan(endpoint, name)
 
@@ -269,7 +270,7 @@ class Weather:
             ledger = self.scan(url, output)
         broken = sum(faults.hits.values()) - faults.hits["passed"]
         print(f"{output}: {broken} of {sum(faults.hits.values())} requests broke, {time.monotonic() - began:.1f} s")
-        assert broken > 5 and faults.hits["passed"] > 200
+        assert broken > 1 and faults.hits["passed"] > 100
         return ledger
 
 

@@ -9,9 +9,10 @@ from pipeline.errors import RunError, UsageError
 from pipeline.plan import Actors, Preparation
 from pipeline.plan import Pool as PlanPool
 from pipeline.preflight import check_apart, check_output, check_readable
-from pipeline.scan import ScanConfig
+from pipeline.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from pipeline.store import Store
+from tests.conftest import QUICK, small_plan
 from tests.faults import Faults, fault_proxy
 from tests.test_source import build, rows
 
@@ -79,6 +80,33 @@ def test_windows_that_no_object_store_holds_and_pools_that_no_cluster_has():
         ray_session([PlanPool(num_gpus=1)], "plan 'x'"),
     ):
         pass
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_actor_that_no_node_has_room_for(monkeypatch):
+    from pipeline import cluster
+
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "object_store_memory": 1e9}} for _ in range(2)]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0}}])
+    with cluster.ray_session([PlanPool(num_cpus=8, actors=Actors(min=2, max=2))], "plan 'x'"):
+        pass
+    with (
+        pytest.raises(RunError, match=r"needs 16 CPUs for one actor, but no node has more than 8; lower num_cpus"),
+        cluster.ray_session([PlanPool(num_cpus=16)], "plan 'x'"),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_scan_asks_what_it_may_read_and_what_a_node_holds(listed, tmp_path):
+    endpoint, _, _ = listed
+    wanted = {"output": str(tmp_path / "out"), "plan": str(small_plan(tmp_path, QUICK)), "run_id": "r"}
+    faults = Faults(share={"403": 1.0}, matches=lambda method, key: method == "GET" and bool(key))
+    with fault_proxy(endpoint, faults) as url, pytest.raises(UsageError, match="listed but not read"):
+        run_scan(ScanConfig(source="s3://readable/", endpoint_url=url, **wanted))
+    (tmp_path / "list.csv").write_text("uri,size_bytes\ns3://readable/0.jpg,10000000000000\n")
+    with pytest.raises(RunError, match=r"windows of up to 10,000,000,\d+,\d+ bytes, but a node's object store"):
+        run_scan(ScanConfig(source=str(tmp_path / "list.csv"), endpoint_url=endpoint, **wanted))
 
 
 @pytest.mark.parametrize(

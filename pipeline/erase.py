@@ -99,17 +99,20 @@ def _changes_in_run(store: Store, run: str, subject: Subject, known: set[str]) -
 
 def _change(path: str, body: bytes, subject: Subject) -> list[Rewritten]:
     """What erasing would do to a file: one change, or none."""
-    table = pq.read_table(io.BytesIO(body))
+    table = _table(body)
     gone = table.filter(subject.rows(table))
     if not gone.num_rows:
         return []
     uris = frozenset(gone[_uri_column(table)].to_pylist())
-    return [Rewritten(path=path, rows=gone.num_rows, sha256=digest(_without(path, body, subject)), uris=uris)]
+    return [Rewritten(path=path, rows=gone.num_rows, sha256=digest(_without(path, table, subject)), uris=uris)]
 
 
-def _without(path: str, body: bytes, subject: Subject) -> bytes:
+def _table(body: bytes) -> pa.Table:
+    return pq.read_table(io.BytesIO(body))
+
+
+def _without(path: str, table: pa.Table, subject: Subject) -> bytes:
     """A file without the subject's rows; the same bytes whenever it is made, for the log names them by digest."""
-    table = pq.read_table(io.BytesIO(body))
     kept = table.filter(pc.invert(subject.rows(table)))
     return manifest_bytes(kept) if path.startswith("_state/") else table_bytes(kept)
 
@@ -118,7 +121,7 @@ def _rewrite(store: Store, run: str, changes: list[Rewritten], subject: Subject)
     # Made a second time, file by file: a year of nightly runs holds an object in more than memory holds.
     for change in changes:
         if change.sha256 is not None:
-            store.write(change.path, _without(change.path, store.read(change.path), subject))
+            store.write(change.path, _without(change.path, _table(store.read(change.path)), subject))
     record = commit.read_json(store, commit.record_key(run))
     assert record is not None
     for file in record["files"]:
@@ -145,7 +148,7 @@ def _parquet(store: Store, run: str) -> list[str]:
 
 
 def _holds(store: Store, key: str, subject: Subject) -> bool:
-    return bool(_change(key, store.read(key), subject))
+    return bool(pc.any(subject.rows(_table(store.read(key))), min_count=0).as_py())
 
 
 def _digests_of_erasures(store: Store) -> set[str]:

@@ -38,6 +38,9 @@ class Accuracy:
         return 1 - self.specificity
 
 
+PERFECT = Accuracy()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expected:
     """Of an algorithm on ``images`` images that share the first test."""
@@ -219,9 +222,6 @@ def _cell_tested(n: int, q: float, line: Accuracy, seen: float) -> float:
     rest = (1 - hit) * (1 - q ** (n - 1)) + line.specificity * q ** (n - 1)
     silent_empty = row * rest**n
     return crossed + 2 * (hit * (silent - silent_empty) + false * silent_empty)
-
-
-PERFECT = Accuracy()
 
 
 def best_dorfman_size(

@@ -48,6 +48,10 @@ class Kept:
 
     @staticmethod
     def join(parts: list[Kept]) -> Kept:
+        """One behind the other. Tests that kept nothing, because there were none, are left out."""
+        parts = [part for part in parts if part.units]
+        if len(parts) < 2:
+            return parts[0] if parts else Kept()
         sizes = list(parts[0].units)
         return Kept(
             {size: torch.cat([part.units[size] for part in parts]) for size in sizes},

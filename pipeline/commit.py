@@ -59,6 +59,10 @@ def failure_key(run_id: str) -> str:
     return f"runs/{run_id}/failure.txt"
 
 
+def audit_key(run_id: str) -> str:
+    return f"runs/{run_id}/audit.json"
+
+
 def report_key(run_id: str) -> str:
     return f"runs/{run_id}/report.html"
 
@@ -166,7 +170,7 @@ class Ledger:
         return pa.concat_tables([schema.TABLES[name].empty_table(), *parts]).sort_by(schema.SORT_KEYS[name])
 
     def _reconcile(self, shard: Shard, tables: dict[str, pa.Table], tally: Tally) -> None:
-        """Rows = distinct ids = manifest rows, the very same ids; flagged and errors hold what the ledger says."""
+        """Rows = distinct ids = manifest rows, the very same ids; the other tables hold what the ledger says."""
         ledger = tables["ledger"]
         manifest = pq.read_table(io.BytesIO(self.store.read(shard.key, shard.sha256)), columns=["image_id"])
         distinct = pc.count_distinct(ledger["image_id"]).as_py()
@@ -179,6 +183,7 @@ class Ledger:
             raise RunError(f"shard {shard.index}: the ledger holds images that the manifest does not list")
         tally.add_outcomes(_value_counts(ledger["outcome"]))
         tally.add_errors(_value_counts(ledger["error_code"].drop_null()))
+        tally.add_skips(_value_counts(ledger["skip_reason"].drop_null()))
         assert tally.listed == shard.images
         self._check_outage(shard, tally)
         for outcome, name in (("flagged", "flagged"), ("error", "errors")):
@@ -189,7 +194,10 @@ class Ledger:
                     f"shard {shard.index}: the ledger counts {len(decided)} images as {outcome}, table {name} holds "
                     f"{len(found)}, or others"
                 )
-        for name, key in (("flagged", ["image_id", "category"]), ("errors", ["image_id"])):
+        cleared = ledger.filter(pc.equal(ledger["outcome"], "cleared"))["image_id"]
+        if not pc.all(pc.is_in(tables["audit"]["image_id"], cleared), min_count=0).as_py():
+            raise RunError(f"shard {shard.index}: table audit holds images that the ledger does not count as cleared")
+        for name, key in (("flagged", ["image_id", "category"]), ("errors", ["image_id"]), ("audit", ["image_id"])):
             if tables[name].group_by(key).aggregate([]).num_rows != tables[name].num_rows:
                 raise RunError(f"shard {shard.index}: table {name} holds rows twice")
 

@@ -93,7 +93,7 @@ class Fetcher:
         assert self.output is not None
         rows = _read_rows(_open_manifest(self.output, ref["key"], ref["sha256"]), ref["first_row"], ref["rows"])
         images = [
-            Image(**{name: row[name] for name in ("image_id", "uri", "size_bytes", "etag", "modified_at")})
+            Image(**{name: row[name] for name in ("image_id", "uri", "size_bytes", "etag", "modified_at", "canary")})
             for row in rows
         ]
         return Window(shard=ref["shard"], window=ref["window"], first_ordinal=rows[0]["ordinal"], images=images)

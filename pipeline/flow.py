@@ -43,6 +43,7 @@ class Destination:
     """Of the source."""
     attempts: str
     run_id: str
+    salt: str
     models: dict[str, tuple[str, str]]
 
 
@@ -68,7 +69,8 @@ def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dic
         final = stage is plan.stages[-1]
         tester = watched(stage.name, GroupStage, stage, plan.categories, final=final)
         windows = _apply(windows, WindowsToWindows, stage, tester)
-    sink = watched("write", Sink, store, destination.attempts, destination.run_id, plan, destination.models)
+    named = (destination.attempts, destination.run_id, plan, destination.models, destination.salt)
+    sink = watched("write", Sink, store, *named)
     receipts = _apply(windows, WindowsToReceipts, preparation.write, sink)
     try:
         yield from receipts.iter_rows()

@@ -8,7 +8,7 @@ another group there. Behind a stage that clears most images it would hardly have
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.plan import StageSpec
 from pipeline.window import Image, Window
@@ -18,12 +18,13 @@ from pipeline.window import Image, Window
 class Group:
     """One group on its way through the rounds. ``members``: positions in the window, None is a hole.
 
-    ``size`` counts the images it was formed of, without holes.
+    ``size`` counts the images it was formed of, without holes. ``burst``: its window fell back to it.
     """
 
     window: Window
     number: str
     members: list[int | None]
+    burst: bool = False
     size: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -36,7 +37,11 @@ class Group:
 
     def split(self, size: int) -> list[Group]:
         parts = [self.members[start : start + size] for start in range(0, len(self.members), size)]
-        return [Group(self.window, f"{self.number}.{index}", part) for index, part in enumerate(parts)]
+        return [Group(self.window, f"{self.number}.{index}", part, self.burst) for index, part in enumerate(parts)]
+
+    def fall_back(self, size: int) -> list[Group]:
+        """The parts with an undecided member, which are tested instead of this group."""
+        return [part for part in replace(self, burst=True).split(size) if part.size]
 
 
 def form_groups(window: Window, spec: StageSpec, *, across: bool = False) -> list[Group]:

@@ -2,7 +2,7 @@
 
 What decides a verdict (window, stages, models, rounds, thresholds, input sizes, dtype) and what only
 decides how fast it comes (actors, CPUs, GPUs, windows per call, batch) stand side by side per stage;
-``Plan.version`` is a digest of the first kind alone.
+``Plan.version`` is a digest of the first kind alone. ``audit`` and ``certificate`` change no verdict either.
 """
 
 from __future__ import annotations
@@ -55,6 +55,26 @@ class Pool(_Strict):
     windows_per_call: int = Field(default=1, ge=1)
 
 
+class BurstRule(_Strict):
+    """When a window falls back to smaller groups: its own first groups say that violating images are not rare in it."""
+
+    first_groups: int = Field(ge=1)
+    """How many of the window's first groups, in ordinal order, are looked at. They are always tested as planned."""
+    positive: int = Field(ge=1)
+    """From how many positive ones among them the window falls back."""
+    group_size: int = Field(ge=1)
+    """The round in which the window's other groups are tested from then on, instead of the first: its group size."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BurstRule:
+        if self.positive > self.first_groups:
+            raise ValueError(
+                f"positive is {self.positive}, but only {self.first_groups} first groups are looked at; "
+                f"give 1 to {self.first_groups}, or more first_groups"
+            )
+        return self
+
+
 class StageSpec(Pool):
     """One net with its rounds, run by one actor pool."""
 
@@ -72,6 +92,8 @@ class StageSpec(Pool):
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_images: int = Field(default=64, ge=1)
     """Images in one device batch, rounded down to whole groups."""
+    burst: BurstRule | None = None
+    """Without a rule every window is tested in all rounds."""
 
     @model_validator(mode="after")
     def _check(self) -> StageSpec:
@@ -100,6 +122,22 @@ class StageSpec(Pool):
                 raise ValueError(f"stage {self.name!r}: thresholds of {category!r} are {values}, not all in 0..1")
         return self
 
+    @model_validator(mode="after")
+    def _check_burst(self) -> StageSpec:
+        if self.burst is None:
+            return self
+        if self.groupings == 2:
+            raise ValueError(
+                f"stage {self.name!r}: a burst rule needs rounds to fall back to, and {self.groupings} groupings are "
+                "one round; leave out burst, or group once"
+            )
+        if self.burst.group_size not in self.rounds[1:]:
+            raise ValueError(
+                f"stage {self.name!r}: burst.group_size is {self.burst.group_size}, but the rounds behind the first "
+                f"are of {list(self.rounds[1:])}; give one of these, or leave out burst"
+            )
+        return self
+
 
 class Preparation(_Strict):
     """How images are fetched, decoded and written. Its limits are verdicts too: beyond them is an error."""
@@ -124,6 +162,40 @@ class Preparation(_Strict):
     write: Pool = Pool(num_cpus=0.1, windows_per_call=4)
 
 
+class Audit(_Strict):
+    """With which probability a cleared image is put into the audit table, for people to look at."""
+
+    rate: float = Field(default=0.001, gt=0, le=1)
+    near_rate: float = Field(default=0.01, gt=0, le=1)
+    """Of an image whose clearing test came near a threshold, because that is where misses are."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Audit:
+        if self.near_rate < self.rate:
+            raise ValueError(
+                f"audit near_rate is {self.near_rate:g}, below rate {self.rate:g}: misses lie near the thresholds, "
+                "so give near_rate at least as much"
+            )
+        return self
+
+
+class Certificate(_Strict):
+    """What calibration has shown of the plan: per category the recall that it keeps with this confidence."""
+
+    recall: dict[str, float]
+    confidence: float = Field(gt=0, lt=1)
+    prevalence: dict[str, float] = {}
+    """Share of violating images that was planned for."""
+    positives: dict[str, int] = {}
+    """Violating images that the bound was computed from."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Certificate:
+        if any(not 0 <= bound <= 1 for bound in self.recall.values()):
+            raise ValueError(f"certificate: recall bounds are {self.recall}, not all in 0..1")
+        return self
+
+
 class Plan(_Strict):
     """Ordered stages. What the last stage finds positive is flagged."""
 
@@ -132,6 +204,8 @@ class Plan(_Strict):
     window: WindowSpec = WindowSpec()
     preparation: Preparation = Preparation()
     stages: tuple[StageSpec, ...] = Field(min_length=1)
+    audit: Audit = Audit()
+    certificate: Certificate | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
@@ -149,6 +223,18 @@ class Plan(_Strict):
                     f"window.images is {self.window.images}, not a multiple of the groups of "
                     f"{stage.rounds[0]} in stage {stage.name!r}"
                 )
+            groups = self.window.images // stage.rounds[0]
+            if stage.burst is not None and stage.burst.first_groups >= groups:
+                raise ValueError(
+                    f"stage {stage.name!r}: burst.first_groups is {stage.burst.first_groups}, but a window has no more "
+                    f"than {groups} groups, so none could fall back; look at fewer, or give larger windows"
+                )
+        certified = set(self.certificate.recall) if self.certificate else set()
+        if not certified <= set(self.categories):
+            raise ValueError(
+                f"the certificate has bounds for {sorted(certified)}, "
+                f"but the plan's categories are {sorted(self.categories)}"
+            )
         return self
 
     @property
@@ -158,9 +244,14 @@ class Plan(_Strict):
         limits = {
             "max_megabytes", "max_megapixels", "max_frames", "fetch_seconds", "decode_seconds", "decode_gigabytes"
         }  # fmt: skip
-        content = self.model_dump(mode="json", exclude={"preparation", "stages"}) | {
+        # Plans that were made before there were burst rules keep their version.
+        stages = [
+            stage.model_dump(mode="json", exclude=speed_only | ({"burst"} if stage.burst is None else set()))
+            for stage in self.stages
+        ]
+        content = self.model_dump(mode="json", exclude={"preparation", "stages", "audit", "certificate"}) | {
             "limits": self.preparation.model_dump(include=limits),
-            "stages": [stage.model_dump(mode="json", exclude=speed_only) for stage in self.stages],
+            "stages": stages,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

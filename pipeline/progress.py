@@ -98,6 +98,9 @@ def closing_table(record: dict[str, Any]) -> Table:
         table.add_row(name, f"{images:,}")
     for code, images in sorted(record["errors"].items()):
         table.add_row(f"  {code}", f"{images:,}")
+    canaries = record.get("canaries", {})  # of older records there are none
+    if any(canaries.values()):
+        table.add_row("canaries", ", ".join(f"{images:,} {how}" for how, images in canaries.items()))
     table.add_section()
     for stage in record["stages"]:
         for work in stage["rounds"]:
@@ -105,6 +108,8 @@ def closing_table(record: dict[str, Any]) -> Table:
             table.add_row(
                 label, f"{work['images_in']:,.0f} images, {work['tests']:,.0f} tests, {work['gmac']:,.1f} GMAC"
             )
+        if stage["bursts"] is not None:
+            table.add_row(f"{stage['name']}, windows that fell back", f"{stage['bursts']:,} of {record['windows']:,}")
     cost = record["relative_cost"]
     table.add_row(
         "cost relative to testing every image alone", "no image was tested" if cost is None else f"{cost:.3f}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from models.evaluation import interval
@@ -47,7 +48,9 @@ def judge_run(store: Store, ledgers: list[dict[str, Any]], labels: pa.Table) -> 
         for file in ledgers:
             columns = ["source_uri", "outcome"]
             body = io.BytesIO(store.read(file["path"], file["sha256"]))
-            connection.register("ledger", pq.read_table(body, columns=columns))
+            # What was skipped was not judged: a canary that was found is no hit, and none is a miss.
+            judged = pc.field("outcome") != "skipped"
+            connection.register("ledger", pq.read_table(body, columns=columns, filters=judged))
             joined = "ledger LEFT JOIN truth ON source_uri = uri"
             row = connection.execute(
                 f"""SELECT count(*) FILTER (violating = 1), count(*) FILTER (violating = 1 AND outcome = 'flagged'),

@@ -73,6 +73,8 @@ def write_report(
         plot=(PLOT_WIDTH, PLOT_HEIGHT),
         errors=sorted(record["errors"].items(), key=lambda item: (-item[1], item[0])),
         error_codes={name: code.meaning for name, code in CODES.items()},
+        canaries=record.get("canaries", {}),  # of older records there are none
+        audited=sum(file["rows"] for file in _files(record, "audit")),
         times=list(_times(record)),
         tables=list(schema.TABLES),
         missed_shown=MISSED_SHOWN,

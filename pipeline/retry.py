@@ -8,13 +8,11 @@ from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from botocore.exceptions import ClientError
 
 from pipeline import commit
 from pipeline.codes import MAY_PASS
 from pipeline.errors import UsageError
-from pipeline.source import BLANK, list_file
-from pipeline.storage import parse_uri, s3_client
+from pipeline.source import BLANK, list_object
 from pipeline.store import Store
 
 
@@ -39,19 +37,6 @@ def list_failed(store: Store, record: dict[str, Any], endpoint_url: str | None) 
         for row in table.filter(pc.field("error_code").isin(MAY_PASS)).select(columns).to_pylist():
             uri = row["source_uri"]
             if row["error_code"] == "fetch_changed":
-                yield _as_it_is(uri, endpoint_url)
+                yield list_object(uri, endpoint_url)
             else:
                 yield BLANK | {"uri": uri, "size_bytes": row["size_bytes"], "etag": row["etag"]}
-
-
-def _as_it_is(uri: str, endpoint_url: str | None) -> dict[str, Any]:
-    location = parse_uri(uri)
-    if location.bucket is None:
-        return list_file(location.key)
-    listed = BLANK | {"uri": uri}
-    try:
-        head = s3_client(endpoint_url).head_object(Bucket=location.bucket, Key=location.key)
-    except ClientError:
-        return listed  # gone or out of reach: fetching will say so, by error row
-    etag, modified_at = head["ETag"].strip('"'), head["LastModified"]
-    return listed | {"size_bytes": head["ContentLength"], "etag": etag, "modified_at": modified_at}

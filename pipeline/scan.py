@@ -19,6 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from obstore.exceptions import BaseError
 
 from pipeline import commit
+from pipeline.canaries import Canaries, count_canaries, read_canaries, with_canaries
 from pipeline.cluster import ray_session
 from pipeline.commit import Ledger
 from pipeline.errors import RunError, StoreError, UsageError
@@ -37,7 +38,7 @@ from pipeline.tally import relative_cost, stage_rows
 
 RECORD_FIELDS = (
     "run_id", "parent_run_id", "source", "exclude", "salt", "scan_date", "started_at", "plan", "plan_version",
-    "weights_sha256", "listed", "duplicates",
+    "weights_sha256", "canaries_sha256", "listed", "duplicates",
 )  # fmt: skip
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -56,6 +57,8 @@ class ScanConfig:
     """A shipped plan by name, or the path of a plan file."""
     labels: str | None = None
     """Labels file (Parquet: uri, category, label) to report recall and false-positive rate against."""
+    canaries: str | None = None
+    """File of known positives (Parquet: uri, category) to test among the rest; they are never counted as findings."""
     run_id: str | None = None
     """Name of the run; give the name of an unfinished run to go on with it. Default: date and time."""
     retry_errors: str | None = None
@@ -84,6 +87,8 @@ class ScanConfig:
             raise UsageError(
                 "give either --source, what to scan, or --retry-errors, the run whose errors to scan again"
             )
+        if self.retry_errors and self.canaries:
+            raise UsageError("--canaries test a scan of a whole source; leave them out with --retry-errors")
         if not 0 <= self.output_patience <= 360:
             raise UsageError(
                 f"output patience is {self.output_patience:g} s, not between 0 and 360: a run that stands "
@@ -118,10 +123,11 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
         check_output(store)
         run_id = config.run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
         labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
+        canaries = read_canaries(config.canaries, plan.categories, config.endpoint_url) if config.canaries else None
         # The record first: of a complete run the state may have been removed.
         record = commit.read_json(store, commit.record_key(run_id))
-        frozen = record or commit.read_frozen(store, run_id) or _start(config, store, run_id, plan, models)
-        _check_same_run(frozen, config, run_id, plan, models)
+        frozen = record or commit.read_frozen(store, run_id) or _start(config, store, run_id, plan, models, canaries)
+        _check_same_run(frozen, config, run_id, plan, models, canaries)
         if record is None:
             driver = Driver(config, store, run_id, frozen, plan, models)
     if record is None:
@@ -130,18 +136,22 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
     return record
 
 
-def _start(config: ScanConfig, store: Store, run_id: str, plan: Plan, models: Models) -> dict[str, Any]:
+def _start(
+    config: ScanConfig, store: Store, run_id: str, plan: Plan, models: Models, canaries: Canaries | None
+) -> dict[str, Any]:
     """Lists the source and freezes the run: what it scans, in which order, and with what."""
     parent = read_parent(store, config.retry_errors) if config.retry_errors else None
     if parent:
         rows = list_failed(store, parent, config.endpoint_url)
     else:
         rows = list_source(config.source, config.exclude, config.endpoint_url)
+    if canaries:
+        rows = with_canaries(rows, canaries, config.endpoint_url)
     salt = config.salt or secrets.token_hex(16)
     # A folder of its own: two drivers that start one run at once must not write over each other.
     prefix = f"{commit.state_prefix(run_id)}/manifest-{uuid.uuid4().hex[:8]}"
     manifest = build_manifest(rows, store, prefix, salt=salt, window=plan.window, shard_size=config.shard_size)
-    if not manifest.images:
+    if manifest.images == manifest.canaries:
         if parent:
             raise UsageError(f"run {config.retry_errors} has no errors that may pass: there is nothing to scan again")
         raise UsageError(f"source {config.source} holds no images (patterns left out: {', '.join(config.exclude)})")
@@ -157,6 +167,7 @@ def _start(config: ScanConfig, store: Store, run_id: str, plan: Plan, models: Mo
         "plan": plan.model_dump(mode="json"),
         "plan_version": plan.version,
         "weights_sha256": models.weights_sha256,
+        "canaries_sha256": canaries.sha256 if canaries else None,
         **_manifest_json(manifest),
     }
     commit.freeze(store, run_id, frozen)
@@ -172,13 +183,19 @@ def _manifest_json(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _check_same_run(frozen: dict[str, Any], config: ScanConfig, run_id: str, plan: Plan, models: Models) -> None:
-    """A resumed run goes on with the source, plan and weights it was started with, or not at all."""
+def _check_same_run(
+    frozen: dict[str, Any], config: ScanConfig, run_id: str, plan: Plan, models: Models, canaries: Canaries | None
+) -> None:
+    """A resumed run goes on with the source, plan, weights and canaries it was started with, or not at all."""
+    # Runs of a version without audits named neither their rates nor canaries.
+    rates = plan.audit.model_dump()
     for what, then, now in (
         ("source", frozen["source"], config.source or frozen["source"]),
         ("--retry-errors", frozen["parent_run_id"], config.retry_errors),
         ("plan version", frozen["plan_version"], plan.version),
         ("weights", frozen["weights_sha256"], models.weights_sha256),
+        ("audit rates", frozen["plan"].get("audit", rates), rates),
+        ("canaries of SHA-256", frozen.get("canaries_sha256"), canaries.sha256 if canaries else None),
     ):
         if then != now:
             raise UsageError(f"run {run_id!r} was started with {what} {then}, not {now}; give another --run-id")
@@ -236,6 +253,7 @@ class Driver:
                 endpoint_url=self.config.endpoint_url,
                 attempts=commit.attempts_prefix(self.run_id),
                 run_id=self.run_id,
+                salt=self.frozen["salt"],
                 models=self.models.versions,
             )
             with ray_session(pools(self.plan), f"plan {self.plan.name!r}", self._window_bytes()):
@@ -272,11 +290,13 @@ class Driver:
         """The run record: what is committed at this moment."""
         tally = self.ledger.tally
         seconds = time.perf_counter() - began
-        return {key: self.frozen[key] for key in RECORD_FIELDS} | {
+        return {key: self.frozen.get(key) for key in RECORD_FIELDS} | {
             "status": status,
             "updated_at": datetime.now(UTC).isoformat(),
             "counts": {"listed": tally.listed, **tally.outcomes},
+            "windows": sum(self.ledger.shards[index].windows for index in self.ledger.done),
             "errors": tally.errors,
+            "canaries": count_canaries(tally.skips),
             "operators": tally.work_rows(),
             "stages": stage_rows(tally, self.plan),
             "individual_gmac": self.models.individual_gmac,

@@ -18,6 +18,14 @@ LABELS = pa.schema(
     ]
 )
 
+REVIEWS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("category", pa.string()),
+        ("label", pa.int8()),  # 1 violating, 0 not
+    ]
+)
+
 MANIFEST = pa.schema(
     [
         ("uri", pa.string()),
@@ -25,6 +33,7 @@ MANIFEST = pa.schema(
         ("etag", pa.string()),  # null where the source does not tell
         ("modified_at", TIMESTAMP),  # null where the source does not tell
         ("image_id", pa.string()),  # 32 hexadecimal digits
+        ("canary", pa.bool_()),  # a known positive that was injected: the source does not list it
         ("ordinal", pa.int64()),  # rank in the whole manifest
         ("window", pa.int64()),
         ("shard", pa.int32()),
@@ -39,6 +48,7 @@ TEST = pa.struct(
         ("group_id", pa.string()),
         ("group_size", pa.int32()),  # members present: holes are not counted
         ("scores", pa.list_(pa.float32())),  # by category, in the plan's order
+        ("burst", pa.bool_()),  # whether it was made because the window fell back, or of a part of such a group
     ]
 )
 
@@ -49,6 +59,7 @@ IMAGE = pa.struct(
         ("size_bytes", pa.int64()),
         ("etag", pa.string()),
         ("modified_at", TIMESTAMP),
+        ("canary", pa.bool_()),
         ("payload", pa.large_binary()),  # set by fetch, null as soon as the image is decided
         ("format", pa.string()),  # format, width, height: set by decode
         ("width", pa.int32()),
@@ -71,6 +82,7 @@ WORK = pa.struct(
         ("images_out", pa.int64()),  # still undecided afterwards
         ("gmac", pa.float64()),
         ("seconds", pa.float64()),
+        ("bursts", pa.int64()),  # 1 in a stage's first round when the window fell back there, else 0
     ]
 )
 
@@ -104,7 +116,42 @@ RECEIPT = pa.schema(
 
 # Decoded pictures for training: ``pixels`` is uint8 (images, side, side, 3), or null where one is unreadable.
 PICTURES = pa.schema(
-    [("first", pa.int64()), ("pixels", pa.large_binary()), ("uri", pa.string()), ("error", pa.string())]
+    [
+        ("first", pa.int64()),
+        ("pixels", pa.large_binary()),
+        ("decode_seconds", pa.float64()),  # of all of them
+        ("uri", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+# Groups on their way to a candidate and back: members are indices into the decoded pictures. Without members the test
+# is timed.
+SCORING = pa.schema(
+    [
+        ("job", pa.int64()),
+        ("model", pa.string()),
+        ("side", pa.int32()),  # pixels
+        ("size", pa.int32()),  # members of a group
+        ("members", pa.list_(pa.int64())),  # group after group; null on the way back
+        ("scores", pa.list_(pa.float32())),  # group after group, by category; null on the way there
+        ("seconds", pa.float64()),  # of one test, from pixels
+        ("seconds_kept", pa.float64()),  # of one test, from kept features; null where there are none
+    ]
+)
+
+# What a candidate test said of one group of labelled images (``scores.py``); an image alone is a group of one.
+SCORES = pa.schema(
+    [
+        ("arrangement", pa.int32()),  # 0: images alone; others as the file's metadata lists them
+        ("block", pa.int64()),  # groups of one block nest: a block holds the groups of every size
+        ("candidate", pa.string()),
+        ("half", pa.string()),  # search or certify
+        ("clusters", pa.list_(pa.int64())),  # pictures of one number are versions of one
+        ("uris", pa.list_(pa.string())),  # members, in order
+        ("labels", pa.list_(pa.int8())),  # by category: 1 when any member shows it
+        ("scores", pa.list_(pa.float32())),  # by category
+    ]
 )
 
 LEDGER = pa.schema(
@@ -113,15 +160,16 @@ LEDGER = pa.schema(
         ("image_id", pa.string()),
         ("source_uri", pa.string()),
         ("outcome", pa.string()),  # cleared, flagged, error or skipped
-        ("decided_stage", pa.string()),  # null for error and skipped
+        ("decided_stage", pa.string()),  # null for error and skipped, but for a canary found or missed
         ("decided_round", pa.int32()),
         ("group_id", pa.string()),
         ("group_size", pa.int32()),
         ("group_score", pa.float32()),  # of the deciding test, for the category nearest its threshold
         ("score", pa.float32()),  # of the image alone: null when it was decided in a group
-        ("category", pa.string()),  # the deciding category: null unless flagged
+        ("category", pa.string()),  # the deciding category: null unless flagged, or a canary found
+        ("burst", pa.bool_()),  # whether any test of the image was made in a fallback: null when it had none
         ("error_code", pa.string()),
-        ("skip_reason", pa.string()),
+        ("skip_reason", pa.string()),  # set exactly when the outcome is skipped
         ("shard", pa.int32()),
         ("ordinal", pa.int64()),
     ]
@@ -177,11 +225,31 @@ ERRORS = pa.schema(
     ]
 )
 
-TABLES = {"ledger": LEDGER, "flagged": FLAGGED, "errors": ERRORS}
+# Cleared images, drawn at random for people to look at.
+AUDIT = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("image_id", pa.string()),
+        ("source_uri", pa.string()),
+        ("etag", pa.string()),
+        ("probability", pa.float64()),  # with which it was drawn
+        ("decided_stage", pa.string()),
+        ("decided_round", pa.int32()),
+        ("group_id", pa.string()),
+        ("group_size", pa.int32()),
+        ("scores", pa.list_(pa.float32())),  # of the clearing test, by category, in the plan's order
+        ("shard", pa.int32()),
+        ("ordinal", pa.int64()),
+        ("scanned_at", TIMESTAMP),
+    ]
+)
+
+TABLES = {"ledger": LEDGER, "flagged": FLAGGED, "errors": ERRORS, "audit": AUDIT}
 
 # Within a shard's file: analysts read flagged by category from the highest score down.
 SORT_KEYS: dict[str, list[tuple[str, str]]] = {
     "ledger": [("ordinal", "ascending")],
     "flagged": [("category", "ascending"), ("score", "descending"), ("image_id", "ascending")],
     "errors": [("error_code", "ascending"), ("ordinal", "ascending")],
+    "audit": [("ordinal", "ascending")],
 }

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline import schema
 from pipeline.plan import Plan, StageSpec
+from pipeline.sample import Sampler
 from pipeline.store import Store, digest
 from pipeline.window import OUTCOMES, GroupTest, Image, Window
 
@@ -40,10 +41,11 @@ class Sink:
         run_id: str,
         plan: Plan,
         models: dict[str, tuple[str, str]],
+        salt: str,
     ) -> None:
         self.store = store
         self.prefix = prefix
-        self.rows = Rows(run_id, plan, models)
+        self.rows = Rows(run_id, plan, models, salt)
 
     def __call__(self, windows: list[Window]) -> list[dict[str, Any]]:
         shards: dict[int, list[Window]] = defaultdict(list)
@@ -60,7 +62,7 @@ class Sink:
             body = table_bytes(pa.Table.from_pylist(rows, schema.TABLES[name]))
             self.store.write(f"{attempt}/{name}.parquet", body)
             files.append({"table": name, "sha256": digest(body)})
-        outcomes = [image.outcome for window in windows for image in window.images]
+        outcomes = [image.counted_as for window in windows for image in window.images]
         return {
             "shard": shard,
             "windows": [window.window for window in windows],
@@ -76,23 +78,26 @@ class Sink:
 class Rows:
     """Table rows from decided images."""
 
-    def __init__(self, run_id: str, plan: Plan, models: dict[str, tuple[str, str]]) -> None:
+    def __init__(self, run_id: str, plan: Plan, models: dict[str, tuple[str, str]], salt: str) -> None:
         self.run_id = run_id
         self.plan = plan
         self.models = models
+        self.sampler = Sampler(plan.audit, salt)
         self.specs: dict[str, StageSpec] = {stage.name: stage for stage in plan.stages}
 
     def of_windows(self, windows: list[Window], now: datetime) -> dict[str, list[dict[str, Any]]]:
         """Rows by table name."""
-        tables: dict[str, list[dict[str, Any]]] = {"ledger": [], "flagged": [], "errors": []}
+        tables: dict[str, list[dict[str, Any]]] = {"ledger": [], "flagged": [], "errors": [], "audit": []}
         for window in windows:
             for offset, image in enumerate(window.images):
                 ordinal = window.first_ordinal + offset
                 tables["ledger"].append(self._ledger(image, window.shard, ordinal))
-                if image.outcome == "flagged":
+                if image.counted_as == "flagged":
                     tables["flagged"] += self._flagged(image, now)
-                elif image.outcome == "error":
+                elif image.counted_as == "error":
                     tables["errors"].append(self._error(image, window.shard, ordinal, now))
+                elif image.counted_as == "cleared":
+                    tables["audit"] += self._audited(image, window.shard, ordinal, now)
         return tables
 
     def _ledger(self, image: Image, shard: int, ordinal: int) -> dict[str, Any]:
@@ -101,8 +106,10 @@ class Rows:
             "run_id": self.run_id,
             "image_id": image.image_id,
             "source_uri": image.uri,
-            "outcome": image.outcome,
-            "error_code": image.error_code,
+            "outcome": image.counted_as,
+            "error_code": None if image.canary else image.error_code,
+            "skip_reason": image.skip_reason,
+            "burst": any(test.burst for test in image.tests) if image.tests else None,
             "shard": shard,
             "ordinal": ordinal,
         }
@@ -170,6 +177,27 @@ class Rows:
             "threshold": self._thresholds(test)[category],
             "model_version": self.models[test.stage][0],
         }
+
+    def _audited(self, image: Image, shard: int, ordinal: int, now: datetime) -> Iterator[dict[str, Any]]:
+        """A row when the image is drawn."""
+        test = image.tests[-1]
+        probability = self.sampler.probability(test.scores, self._thresholds(test))
+        if self.sampler.draw(image.image_id) < probability:
+            yield {
+                "run_id": self.run_id,
+                "image_id": image.image_id,
+                "source_uri": image.uri,
+                "etag": image.etag,
+                "probability": probability,
+                "decided_stage": test.stage,
+                "decided_round": test.round,
+                "group_id": test.group_id,
+                "group_size": test.group_size,
+                "scores": test.scores,
+                "shard": shard,
+                "ordinal": ordinal,
+                "scanned_at": now,
+            }
 
     def _error(self, image: Image, shard: int, ordinal: int, now: datetime) -> dict[str, Any]:
         return {

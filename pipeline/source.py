@@ -23,15 +23,16 @@ import duckdb
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+from botocore.exceptions import ClientError
 
 from pipeline.errors import UsageError
 from pipeline.plan import WindowSpec
 from pipeline.schema import MANIFEST
-from pipeline.storage import Location, list_side_by_side, parse_uri, read_object
+from pipeline.storage import Location, list_side_by_side, parse_uri, read_object, s3_client
 from pipeline.store import Store, digest
 
 LISTED = pa.schema(
-    [MANIFEST.field(name) for name in ("uri", "size_bytes", "etag", "modified_at", "image_id")]
+    [MANIFEST.field(name) for name in ("uri", "size_bytes", "etag", "modified_at", "image_id", "canary")]
     + [pa.field("rank", pa.int64())]
 )
 BLANK = dict.fromkeys(("size_bytes", "etag", "modified_at"))
@@ -60,6 +61,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     duplicates: int
     """Objects that the source listed more than once; they are tested once."""
+    canaries: int
     largest_window_bytes: int
     """As listed."""
 
@@ -118,6 +120,20 @@ def list_file(path: str) -> dict[str, Any]:
     return listed | {"size_bytes": status.st_size, "etag": file_etag(status), "modified_at": modified_at}
 
 
+def list_object(uri: str, endpoint_url: str | None) -> dict[str, Any]:
+    """The row of one object as it is now. Gone or out of reach, it is listed by name."""
+    location = parse_uri(uri)
+    if location.bucket is None:
+        return list_file(location.key)
+    listed = BLANK | {"uri": uri}
+    try:
+        head = s3_client(endpoint_url).head_object(Bucket=location.bucket, Key=location.key)
+    except ClientError:
+        return listed  # fetching will say so, by error row
+    etag, modified_at = head["ETag"].strip('"'), head["LastModified"]
+    return listed | {"size_bytes": head["ContentLength"], "etag": etag, "modified_at": modified_at}
+
+
 def file_etag(status: os.stat_result) -> str:
     """What stands in for an etag on a local disk."""
     return f"{status.st_mtime_ns:x}-{status.st_size:x}"
@@ -145,7 +161,11 @@ def _list_table(location: Location, endpoint_url: str | None) -> Iterator[dict[s
         raise UsageError(f"source {location.uri}: cannot be read as a table of uris: {error}") from error
     if "uri" not in table.column_names:
         raise UsageError(f"source {location.uri}: no column 'uri' among {table.column_names}")
-    columns = [field for field in LISTED if field.name in table.column_names and field.name not in ("image_id", "rank")]
+    columns = [
+        field
+        for field in LISTED
+        if field.name in table.column_names and field.name not in ("image_id", "canary", "rank")
+    ]
     try:
         table = table.select([field.name for field in columns]).cast(pa.schema(columns))
     except (pa.ArrowException, ValueError) as error:
@@ -164,7 +184,7 @@ def build_manifest(
     with tempfile.TemporaryDirectory(prefix="dorfman-manifest-") as folder:
         _spool(rows, salt, Path(folder))
         writer = _ShardWriter(store, prefix, shard_size)
-        duplicates = 0
+        duplicates = canaries = 0
         last_id = None
         cutter = _WindowCutter(window)
         for row in _sorted_rows(Path(folder)):
@@ -172,8 +192,14 @@ def build_manifest(
                 duplicates += 1
                 continue
             last_id = row["image_id"]
+            canaries += row["canary"]
             writer.add(row, cutter.next_window(row["size_bytes"] or 0))
-        return Manifest(shards=tuple(writer.close()), duplicates=duplicates, largest_window_bytes=cutter.largest_bytes)
+        return Manifest(
+            shards=tuple(writer.close()),
+            duplicates=duplicates,
+            canaries=canaries,
+            largest_window_bytes=cutter.largest_bytes,
+        )
 
 
 def _spool(rows: Iterable[dict[str, Any]], salt: str, folder: Path) -> None:
@@ -185,6 +211,7 @@ def _spool(rows: Iterable[dict[str, Any]], salt: str, folder: Path) -> None:
             return
         for row in chunk:
             row["image_id"] = image_id(row["uri"], row["etag"])
+            row.setdefault("canary", False)
             digest = hashlib.blake2b(row["image_id"].encode(), key=key, digest_size=8).digest()
             row["rank"] = int.from_bytes(digest, "big", signed=True)
         pq.write_table(pa.Table.from_pylist(chunk, LISTED), folder / f"{index:06d}.parquet")

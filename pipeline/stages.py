@@ -9,7 +9,10 @@ Shapes: N images, G groups, K categories.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -22,6 +25,9 @@ from pipeline.errors import RunError
 from pipeline.groups import Group, form_groups, slots
 from pipeline.plan import StageSpec
 from pipeline.window import GroupTest, Window, Work
+
+# By id of a window: in which row of its pixels the image of a position is, decided or not.
+PixelRows = dict[int, dict[int, int]]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -37,6 +43,11 @@ class GroupStage:
         self.columns = [card.categories.index(category) for category in categories]
         self.thresholds = np.array([spec.thresholds[category] for category in categories]).T
         self.gmac = round_gmac(spec, self.net)
+        # Of a test that reuses nothing, by round: the first, and the one that a window falls back to.
+        self.fresh_gmac = {0: self.gmac[0]}
+        if spec.burst is not None:
+            size = spec.burst.group_size
+            self.fresh_gmac[spec.rounds.index(size)] = gmac_per_test(self.net, spec.input_size, size)
         # Of a test in the second grouping.
         self.regroup_gmac = 0.0
         if spec.groupings == 2:
@@ -79,10 +90,14 @@ class GroupStage:
     @torch.inference_mode()
     def _test_all(self, windows: list[Window]) -> list[Window]:
         had_pixels = [window.undecided for window in windows]
+        pixel_rows = {
+            id(window): {position: row for row, position in enumerate(before)}
+            for window, before in zip(windows, had_pixels, strict=True)
+        }
         if self.spec.groupings == 2:
-            self._test_twice(windows)
+            self._test_twice(windows, pixel_rows)
         else:
-            self._test_in_rounds(windows)
+            self._test_in_rounds(windows, pixel_rows)
         for window, before in zip(windows, had_pixels, strict=True):
             if self.final:
                 for position in window.undecided:
@@ -90,29 +105,70 @@ class GroupStage:
             window.keep_pixels(before)
         return windows
 
-    def _test_in_rounds(self, windows: list[Window]) -> None:
-        """Ever smaller groups: what one round finds positive is split for the next."""
-        groups = [group for window in windows for group in form_groups(window, self.spec)]
-        kept = Kept()
+    def _test_in_rounds(self, windows: list[Window], pixel_rows: PixelRows) -> None:
+        """Ever smaller groups: what one round finds positive is split for the next.
+
+        Groups of a window that falls back are tested for the first time in the round of their size.
+        """
+        done: list[_Tested] = []
+        waiting: list[Group] = []
         for number, size in enumerate(self.spec.rounds):
             began = time.perf_counter()
             entered = [len(window.undecided) for window in windows]
             if number == 0:
-                logits_GK, batches = self._test(groups, size)
+                done, waiting = self._test_first_round(windows, pixel_rows)
             else:
-                groups = [part for group in groups for part in group.split(size)]
-                logits_GK = self._retest(kept, size)
-            # A part of a positive group may hold holes only: it has a score, but it is no test.
-            tested = np.array([bool(group.images) for group in groups], dtype=bool)
-            positive = self._judge(number, groups, self._to_scores(logits_GK)) & tested
-            if number + 1 < len(self.spec.rounds):
-                kept = self._keep_positive(batches, positive, size) if number == 0 else _take(kept, positive, size)
+                done = [self._test_again(number, done)]
+                if self.spec.burst is not None and size == self.spec.burst.group_size:
+                    done.append(self._test_fresh(number, waiting, pixel_rows))
             seconds = time.perf_counter() - began
-            gmac_G = np.where(tested, self.gmac[number], 0.0)
-            self._account(number, windows, entered, groups, gmac_G, positive, seconds)
-            groups = [group for group, hit in zip(groups, positive, strict=True) if hit]
+            fell_back = {id(group.window) for group in waiting if number == 0}
+            self._account(number, windows, entered, done, seconds, fell_back)
 
-    def _test_twice(self, windows: list[Window]) -> None:
+    def _test_first_round(self, windows: list[Window], pixel_rows: PixelRows) -> tuple[list[_Tested], list[Group]]:
+        """The first round, and the smaller groups that wait for theirs because their window falls back.
+
+        Whether it does depends on its own first groups alone, so its verdicts do not depend on the call.
+        """
+        formed = [form_groups(window, self.spec) for window in windows]
+        rule = self.spec.burst
+        if rule is None:
+            return [self._test_fresh(0, list(chain(*formed)), pixel_rows)], []
+        first = self._test_fresh(0, list(chain(*(groups[: rule.first_groups] for groups in formed))), pixel_rows)
+        positives = Counter(id(group.window) for group in first.positives)
+        planned, waiting = [], []
+        for window, groups in zip(windows, formed, strict=True):
+            others = groups[rule.first_groups :]
+            if positives[id(window)] < rule.positive:
+                planned += others
+            else:
+                waiting += [part for group in others for part in group.fall_back(rule.group_size)]
+        return [first, self._test_fresh(0, planned, pixel_rows)], waiting
+
+    def _test_fresh(self, number: int, groups: list[Group], pixel_rows: PixelRows) -> _Tested:
+        """Tests groups from their pixels."""
+        size = self.spec.rounds[number]
+        logits_GK, batches = self._test(groups, size, pixel_rows)
+        positive_G = self._judge(number, groups, self._to_scores(logits_GK))
+        kept = Kept() if self._is_last(number) else self._keep_positive(batches, positive_G, size)
+        return _Tested(groups, np.full(len(groups), self.fresh_gmac[number]), positive_G, kept)
+
+    def _test_again(self, number: int, before: list[_Tested]) -> _Tested:
+        """Tests the parts of positive groups from the features that their tests have kept."""
+        size = self.spec.rounds[number]
+        groups = [part for tested in before for group in tested.positives for part in group.split(size)]
+        kept = Kept.join([tested.kept for tested in before])
+        logits_GK = self._retest(kept, size)
+        # A part of a positive group may hold holes only: it has a score, but it is no test.
+        present_G = np.array([group.size > 0 for group in groups], dtype=bool)
+        positive_G = self._judge(number, groups, self._to_scores(logits_GK)) & present_G
+        kept = Kept() if self._is_last(number) else _take(kept, positive_G, size)
+        return _Tested(groups, np.where(present_G, self.gmac[number], 0.0), positive_G, kept)
+
+    def _is_last(self, number: int) -> bool:
+        return number + 1 == len(self.spec.rounds)
+
+    def _test_twice(self, windows: list[Window], pixel_rows: PixelRows) -> None:
         """Two groupings at once, non-adaptive: an image goes on when both of its groups are positive.
 
         The second grouping starts from the features the first one has kept, so the layers before the
@@ -123,7 +179,7 @@ class GroupStage:
         (size,) = self.spec.rounds
         first = [group for window in windows for group in form_groups(window, self.spec)]
         second = [group for window in windows for group in form_groups(window, self.spec, across=True)]
-        logits_GK, batches = self._test(first, size)
+        logits_GK, batches = self._test(first, size, pixel_rows)
         again_GK = self._regroup([features.units[1] for features in batches], first, second, size)
         # Both groupings saw every image that entered, whoever the first one clears.
         positive = np.concatenate(
@@ -131,7 +187,7 @@ class GroupStage:
         )
         gmac_G = np.repeat([self.gmac[0], self.regroup_gmac], [len(first), len(second)])
         seconds = time.perf_counter() - began
-        self._account(0, windows, entered, first + second, gmac_G, positive, seconds)
+        self._account(0, windows, entered, [_Tested(first + second, gmac_G, positive, Kept())], seconds)
 
     def _regroup(self, batches: list[Tensor], first: list[Group], second: list[Group], size: int) -> Tensor:
         """Logits (G, K) of the second grouping, from the features (N, X) per batch that the first one has kept."""
@@ -150,10 +206,10 @@ class GroupStage:
             logits.append(logits_GK.float().cpu())
         return torch.cat(logits)[: len(second)]
 
-    def _test(self, groups: list[Group], size: int) -> tuple[Tensor, list[Kept]]:
-        """Logits (G, K) of the first round, and per device batch what it keeps for later rounds."""
+    def _test(self, groups: list[Group], size: int, pixel_rows: PixelRows) -> tuple[Tensor, list[Kept]]:
+        """Logits (G, K) of tests from pixels, and per device batch what it keeps for later rounds."""
         logits, batches = [torch.empty(0, self.net.num_categories)], []
-        for images_NCHW, present_N in self._batches(groups, size):
+        for images_NCHW, present_N in self._batches(groups, size, pixel_rows):
             logits_GK, features = self.net.test(images_NCHW, present_N, size)
             logits.append(logits_GK.float().cpu())
             batches.append(features)
@@ -168,18 +224,16 @@ class GroupStage:
                 logits.append(self.net.retest(_pad(units_UCHW, width), size)[: len(units_UCHW)].float().cpu())
         return torch.cat(logits)
 
-    def _batches(self, groups: list[Group], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, groups: list[Group], size: int, pixel_rows: PixelRows) -> Iterator[tuple[Tensor, Tensor]]:
         """Device batches of one fixed shape: images (N, 3, S, S) and which are present (N,)."""
         side = self.spec.input_size
         per_batch = self._groups_per_batch(size)
-        windows = {id(group.window): group.window for group in groups}
-        rows = {key: {place: row for row, place in enumerate(windows[key].undecided)} for key in windows}
         for start in range(0, len(groups), per_batch):
             pixels = np.zeros((per_batch * size, side, side, 3), np.uint8)
             present = np.zeros(per_batch * size, bool)
             for slot, group, position in slots(groups[start : start + per_batch], size):
                 assert group.window.pixels is not None
-                pixels[slot] = group.window.pixels[rows[id(group.window)][position]]
+                pixels[slot] = group.window.pixels[pixel_rows[id(group.window)][position]]
                 present[slot] = True
             images = self.net.trunk.normalise(torch.from_numpy(pixels).to(self.device)).to(self.dtype)
             yield images, torch.from_numpy(present).to(self.device)
@@ -188,13 +242,14 @@ class GroupStage:
         return max(1, self.batch_images // size)
 
     def _keep_positive(self, batches: list[Kept], positive: np.ndarray, size: int) -> Kept:
-        """The features of the first round's positive groups, gathered from its batches."""
+        """The features of the positive groups, gathered from the batches of their test."""
         width = self._groups_per_batch(size)
-        chosen = [
-            _take(features, positive[index * width : (index + 1) * width], size)
-            for index, features in enumerate(batches)
-        ]
-        return Kept.join(chosen) if chosen else Kept()
+        return Kept.join(
+            [
+                _take(features, positive[index * width : (index + 1) * width], size)
+                for index, features in enumerate(batches)
+            ]
+        )
 
     def _to_scores(self, logits_GK: Tensor) -> np.ndarray:
         return torch.sigmoid(logits_GK[:, self.columns]).numpy()
@@ -206,7 +261,12 @@ class GroupStage:
         for group, scores, hit, sound in zip(groups, scores_GK.tolist(), positive, finite, strict=True):
             images = group.images
             test = GroupTest(
-                stage=self.spec.name, round=number, group_id=group.number, group_size=group.size, scores=scores
+                stage=self.spec.name,
+                round=number,
+                group_id=group.number,
+                group_size=group.size,
+                scores=scores,
+                burst=group.burst,
             )
             for image in images:
                 image.tests.append(test)
@@ -221,12 +281,17 @@ class GroupStage:
         number: int,
         windows: list[Window],
         entered: list[int],
-        groups: list[Group],
-        gmac_G: np.ndarray,
-        positive: np.ndarray,
+        done: list[_Tested],
         seconds: float,
+        fell_back: Set[int] = frozenset(),
     ) -> None:
-        """One Work entry per window; a group that cost nothing was no test. The call's seconds are shared by images."""
+        """One Work entry per window; a group that cost nothing was no test. The call's seconds are shared by images.
+
+        ``fell_back``: ids of the windows that did so in this round.
+        """
+        groups = [group for tested in done for group in tested.groups]
+        gmac_G = np.concatenate([tested.gmac_G for tested in done])
+        positive_G = np.concatenate([tested.positive_G for tested in done])
         for window, images_in in zip(windows, entered, strict=True):
             mine = np.array([group.window is window for group in groups], dtype=bool)
             window.work.append(
@@ -235,12 +300,27 @@ class GroupStage:
                     round=number,
                     images_in=images_in,
                     tests=int((mine & (gmac_G > 0)).sum()),
-                    positive_tests=int((mine & positive).sum()),
+                    positive_tests=int((mine & positive_G).sum()),
                     images_out=len(window.undecided),
                     gmac=float(gmac_G[mine].sum()),
                     seconds=seconds * images_in / max(1, sum(entered)),
+                    bursts=int(id(window) in fell_back),
                 )
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tested:
+    """Groups after a test of each: what it cost, whether it was positive, and what the positive ones have kept."""
+
+    groups: list[Group]
+    gmac_G: np.ndarray
+    positive_G: np.ndarray
+    kept: Kept
+
+    @property
+    def positives(self) -> list[Group]:
+        return [group for group, hit in zip(self.groups, self.positive_G, strict=True) if hit]
 
 
 class _Undecided:

@@ -9,15 +9,16 @@ from typing import Any
 from pipeline.plan import Plan
 from pipeline.window import OUTCOMES
 
-_ADDED = ("images_in", "tests", "positive_tests", "images_out", "gmac", "seconds")
+_ADDED = ("images_in", "tests", "positive_tests", "images_out", "gmac", "seconds", "bursts")
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """Images by outcome, errors by code, and work by (operator, round)."""
+    """Images by outcome, errors by code, skips by reason, and work by (operator, round)."""
 
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     errors: dict[str, int] = field(default_factory=dict)
+    skips: dict[str, int] = field(default_factory=dict)
     work: dict[tuple[str, int | None], dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -32,6 +33,10 @@ class Tally:
         for code, images in errors.items():
             self.errors[code] = self.errors.get(code, 0) + images
 
+    def add_skips(self, skips: dict[str, int]) -> None:
+        for why, images in skips.items():
+            self.skips[why] = self.skips.get(why, 0) + images
+
     def add_work(self, rows: Iterable[dict[str, Any]]) -> None:
         for row in rows:
             total = self.work.setdefault((row["operator"], row["round"]), dict.fromkeys(_ADDED, 0))
@@ -41,19 +46,21 @@ class Tally:
     def add(self, other: Tally) -> None:
         self.add_outcomes(other.outcomes)
         self.add_errors(other.errors)
+        self.add_skips(other.skips)
         self.add_work(other.work_rows())
 
     def work_rows(self) -> list[dict[str, Any]]:
         return [{"operator": operator, "round": number} | total for (operator, number), total in self.work.items()]
 
     def to_json(self) -> dict[str, Any]:
-        return {"outcomes": self.outcomes, "errors": self.errors, "work": self.work_rows()}
+        return {"outcomes": self.outcomes, "errors": self.errors, "skips": self.skips, "work": self.work_rows()}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Tally:
         tally = Tally()
         tally.add_outcomes(content["outcomes"])
         tally.add_errors(content["errors"])
+        tally.add_skips(content.get("skips", {}))  # markers of runs that knew no canaries have none
         tally.add_work(content["work"])
         return tally
 
@@ -68,7 +75,10 @@ class Tally:
 
 
 def stage_rows(tally: Tally, plan: Plan) -> list[dict[str, Any]]:
-    """Per stage what the run record says of it, with its rounds one by one."""
+    """Per stage what the run record says of it, with its rounds one by one.
+
+    ``bursts``: the windows that fell back, None for a stage without a burst rule.
+    """
     rows = []
     for stage in plan.stages:
         empty = dict.fromkeys(_ADDED, 0)
@@ -83,6 +93,7 @@ def stage_rows(tally: Tally, plan: Plan) -> list[dict[str, Any]]:
                 "images_out": int(rounds[-1]["images_out"]),
                 "gmac": sum(work["gmac"] for work in rounds),
                 "seconds": sum(work["seconds"] for work in rounds),
+                "bursts": None if stage.burst is None else int(rounds[0]["bursts"]),
             }
         )
     return rows

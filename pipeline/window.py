@@ -19,6 +19,9 @@ from pipeline.codes import CODES
 Outcome = Literal["cleared", "flagged", "error", "skipped"]
 OUTCOMES: tuple[Outcome, ...] = ("cleared", "flagged", "error", "skipped")
 
+CANARY_REASONS: dict[str, str] = {"flagged": "canary found", "cleared": "canary missed", "error": "canary failed"}
+"""What the ledger says of a canary that ended so; its outcome there is ``skipped``."""
+
 
 @dataclass(slots=True, kw_only=True)
 class GroupTest:
@@ -29,6 +32,7 @@ class GroupTest:
     group_id: str
     group_size: int
     scores: list[float]
+    burst: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +44,7 @@ class Image:
     size_bytes: int | None = None
     etag: str | None = None
     modified_at: datetime | None = None
+    canary: bool = False
     payload: bytes | None = None
     format: str | None = None
     width: int | None = None
@@ -48,6 +53,16 @@ class Image:
     error_code: str | None = None
     error_detail: str | None = None
     tests: list[GroupTest] = field(default_factory=list)
+
+    @property
+    def skip_reason(self) -> str | None:
+        """Of a decided image: why it is no finding, whatever the nets say of it."""
+        return CANARY_REASONS[self.outcome] if self.canary and self.outcome else None
+
+    @property
+    def counted_as(self) -> Outcome | None:
+        """The outcome in ledger and counts: a canary is known content, so never a finding, a miss or an error."""
+        return "skipped" if self.skip_reason else self.outcome
 
     def decide(self, outcome: Outcome) -> None:
         """Sets the outcome, once, and drops the payload: nothing behind this needs it."""
@@ -74,6 +89,7 @@ class Work:
     images_out: int = 0
     gmac: float = 0.0
     seconds: float = 0.0
+    bursts: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

@@ -165,7 +165,7 @@ class Scan:
         return pq.read_table(files, partitioning=None).drop_columns(["run_id"])
 
     def check(self, undisturbed: Scan) -> None:
-        for name, key in (("ledger", "ordinal"), ("flagged", "image_id"), ("errors", "ordinal")):
+        for name, key in (("ledger", "ordinal"), ("flagged", "image_id"), ("errors", "ordinal"), ("audit", "ordinal")):
             mine, theirs = (scan.table(name).sort_by(key) for scan in (self, undisturbed))
             if "scanned_at" in mine.column_names:
                 mine, theirs = mine.drop_columns(["scanned_at"]), theirs.drop_columns(["scanned_at"])

@@ -41,7 +41,7 @@ class Run:
         self.manifest = build_manifest(
             rows, self.store, "_state/r/manifest", salt=salt, window=WindowSpec(images=16), shard_size=shard_size
         )
-        self.sink = Sink(self.store, commit.attempts_prefix("r"), "r", PLAN, {"one": ("m@1", "d")})
+        self.sink = Sink(self.store, commit.attempts_prefix("r"), "r", PLAN, {"one": ("m@1", "d")}, salt)
 
     def ledger(self) -> Ledger:
         return Ledger(self.store, "r", "2026-01-01", list(self.manifest.shards))
@@ -231,7 +231,7 @@ WORK = st.fixed_dictionaries(
         "round": st.sampled_from([None, 0, 1]),
         **{
             name: st.integers(0, 9)
-            for name in ("images_in", "tests", "positive_tests", "images_out", "gmac", "seconds")
+            for name in ("images_in", "tests", "positive_tests", "images_out", "gmac", "seconds", "bursts")
         },
     }
 )

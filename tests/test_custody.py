@@ -60,7 +60,7 @@ def test_cleaning_takes_dead_files_and_never_what_a_marker_names(left_behind):
         for key in ("attempt", "path")
     }
     manifest = {shard.key for shard in left_behind.manifest.shards}
-    assert len(named) == 6 and not named & set(litter.keys) and not manifest & set(litter.keys)
+    assert len(named) == 8 and not named & set(litter.keys) and not manifest & set(litter.keys)
     assert "_state/r/manifest-deadbeef/shard-00000.parquet" in litter.keys and len(litter.keys) > 3
     output = store.uri.removeprefix("file://")
     listed = run("clean", "--output", output)
@@ -142,7 +142,7 @@ def test_object_names_are_never_paths_or_commands(scanned):
     below = {path.relative_to(folder).parts[0] for path in folder.rglob("*")}
     assert below <= {"source", "deep", "plan.yaml", "said.txt"}
     expected = re.compile(
-        r"(ledger|flagged|errors)/scan_date=[\d-]+/r-shard-00000\.parquet|runs/r\.json|runs/r/(status\.json|report\.html)"
+        r"(ledger|flagged|errors|audit)/scan_date=[\d-]+/r-shard-00000\.parquet|runs/r\.json|runs/r/(status\.json|report\.html)"
         r"|_state/r/(run\.json|manifest-\w+/shard-00000\.parquet|epochs/000001\.json|markers/shard-00000\.json)"
     )
     files = [str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()]

@@ -69,6 +69,7 @@ def test_two_stages_need_two_names():
         ("stages.0.dtype", "bfloat16", False),
         ("stages.0.input_size", 96, False),
         ("window.images", 512, False),
+        ("stages.0.burst", {"first_groups": 4, "positive": 2, "group_size": 4}, False),
     ],
 )
 def test_the_version_changes_with_whatever_can_change_a_verdict(path, value, same):

@@ -160,8 +160,8 @@ def run_record(**changes: Any) -> dict[str, Any]:
             *({"operator": stage, "round": number} | entry for stage, number, entry in rounds),
         ],
         "stages": [
-            {"name": "screen", "rounds": screen, **work(2000, 40, 165, gmac=260, seconds=55)},
-            {"name": "retest", "rounds": retest, **work(40, 4, 40, gmac=80, seconds=45)},
+            {"name": "screen", "rounds": screen, "bursts": None, **work(2000, 40, 165, gmac=260, seconds=55)},
+            {"name": "retest", "rounds": retest, "bursts": None, **work(40, 4, 40, gmac=80, seconds=45)},
         ],
         "individual_gmac": 2.0,
         "relative_cost": 0.085,
@@ -246,9 +246,22 @@ def test_bars_are_on_the_scale_that_can_be_read(render: Render, decided: int, sc
 
 def _idle_stages() -> list[dict[str, Any]]:
     return [
-        {"name": stage.name, "rounds": [{"group_size": size} | work(0, 0) for size in stage.rounds], **work(0, 0)}
+        {
+            "name": stage.name,
+            "rounds": [{"group_size": size} | work(0, 0) for size in stage.rounds],
+            "bursts": None,
+            **work(0, 0),
+        }
         for stage in PLAN.stages
     ]
+
+
+def test_windows_that_fell_back_are_counted_for_stages_with_a_rule(render: Render) -> None:
+    stages = run_record()["stages"]
+    stages[0]["bursts"] = 1200
+    page = render([HOSTILE_ROWS], stages=stages, windows=40_000)
+    assert "Stage screen, windows that fell back: 1,200 of 40,000." in page.text
+    assert page.text.count("fell back") == 1 and "fell back" not in render([HOSTILE_ROWS]).text
 
 
 def test_hostile_names_are_text_and_nothing_else(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,27 @@ def test_call_pool_and_shard_sizes_do_not_change_a_verdict(scanned, corpus, tmp_
     assert verdicts(tmp_path / "out") == verdicts(scanned[0])
 
 
+def test_windows_in_a_burst_are_marked_in_the_ledger_and_counted_in_record_and_report(corpus, tmp_path):
+    plan = small_plan(tmp_path, window={"images": 64})
+    content = yaml.safe_load(plan.read_text())
+    content["stages"][0]["burst"] = {"first_groups": 2, "positive": 2, "group_size": 4}
+    plan.write_text(yaml.safe_dump(content))
+    record = scan(corpus, tmp_path / "out", plan, shard_size=128, run_id="burst")
+    by_window: dict[int, list[dict]] = {}
+    for row in sorted(read(tmp_path / "out", "ledger").to_pylist(), key=lambda row: row["ordinal"]):
+        by_window.setdefault(row["ordinal"] // 64, []).append(row)
+    fell_back = [rows for rows in by_window.values() if any(row["burst"] for row in rows)]
+    assert record["windows"] == 5 and 0 < len(fell_back) == record["stages"][0]["bursts"]
+    for rows in fell_back:
+        assert [row["burst"] for row in rows] == [False] * 32 + [True] * 32
+        assert {row["group_size"] for row in rows[32:] if row["decided_stage"] == "group"} == {4}
+        # Both first groups were positive: nobody in them was cleared before the second round.
+        assert all((row["decided_stage"], row["decided_round"]) != ("group", 0) for row in rows)
+    assert record["stages"][0]["images_in"] == 320 and record["stages"][1]["bursts"] is None
+    page = (tmp_path / "out/runs/burst/report.html").read_text()
+    assert f"Stage group, windows that fell back: {len(fell_back)} of 5." in page and "Stage single" not in page
+
+
 def test_survivors_are_decoded_again_for_a_stage_of_another_size(corpus, scanned, tmp_path):
     plan = small_plan(tmp_path, num_cpus=0.3)
     content = yaml.safe_load(plan.read_text())

@@ -131,7 +131,7 @@ class Promises:
         named = {file["path"]: file["sha256"] for marker in markers for file in marker["files"]}
         for path in [*self.folder.glob("_state/r/markers/*.json"), *self.folder.glob("runs/*.json")]:
             self._stays(path)
-        for table in ("ledger", "flagged", "errors"):
+        for table in ("ledger", "flagged", "errors", "audit"):
             for path in self.folder.glob(f"{table}/*/*.parquet"):
                 self._stays(path)
                 assert named[str(path.relative_to(self.folder))] == self.seen[path], "no marker names these bytes"

@@ -1,0 +1,202 @@
+"""Whether a plan still finds what it was certified to find: estimates from reviews, and the alarm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from models.evaluation import interval
+from pipeline.canaries import count_canaries
+from pipeline.errors import UsageError
+from pipeline.estimate import (
+    POWER,
+    Estimate,
+    Figure,
+    Reviewed,
+    estimate,
+    fallen_recall,
+    recall_at_most,
+    share_to_review,
+)
+from pipeline.reviews import ALL, Evidence
+
+CANARIES = "canaries"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """``at_most``: what recall, or the share of canaries found, is at most with the confidence of this check."""
+
+    name: str
+    bound: float
+    at_most: float
+
+    @property
+    def broken(self) -> bool:
+        return self.at_most < self.bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditResult:
+    """``checks``: none where no bound is known. ``notes``: what a reader must know of the figures, a sentence each."""
+
+    run_ids: tuple[str, ...]
+    confidence: float
+    estimates: dict[str, Estimate]
+    canaries: dict[str, int]
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def alarm(self) -> str | None:
+        """What is broken, in words."""
+        broken = [
+            f"{'the share of canaries found' if check.name == CANARIES else f'recall of {check.name}'} is at most "
+            f"{check.at_most:.4f}, under its bound of {check.bound:g}"
+            for check in self.checks
+            if check.broken
+        ]
+        return "; ".join(broken) or None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"alarm": self.alarm}
+
+
+def audit(evidence: Evidence, recall_bound: float | None, confidence: float) -> AuditResult:
+    """Estimates per category and for all of them, checked against ``recall_bound`` or the plan's certificate.
+
+    All checks together raise a false alarm in at most a share ``1 - confidence`` of the cases: each has its part of
+    that (Bonferroni). Raises UsageError where reviews leave something out that the estimates stand on.
+    """
+    samples = {category: evidence.of_category(category) for category in evidence.categories}
+    if len(evidence.categories) > 1:
+        samples[ALL] = evidence.of_all()
+    bounds = _bounds(evidence, recall_bound)
+    canaries = count_canaries({})
+    for record in evidence.records:
+        for how, images in record.get("canaries", {}).items():
+            canaries[how] += images
+    estimates = {name: estimate(sample, confidence) for name, sample in samples.items()}
+    checks = _checks({name: samples[name] for name in bounds}, bounds, canaries, confidence)
+    return AuditResult(
+        run_ids=tuple(record["run_id"] for record in evidence.records),
+        confidence=confidence,
+        estimates=estimates,
+        canaries=canaries,
+        checks=tuple(checks),
+        notes=tuple(_notes(samples, estimates, checks, confidence)),
+    )
+
+
+def _bounds(evidence: Evidence, recall_bound: float | None) -> dict[str, float]:
+    """By category, and for all of them when each has one: together they are found as well as the worst of them."""
+    if recall_bound is not None:
+        bounds = dict.fromkeys(evidence.categories, recall_bound)
+    else:
+        certificates = [record["plan"].get("certificate") or {"recall": {}} for record in evidence.records]
+        bounds = certificates[0]["recall"]
+        if any(certificate["recall"] != bounds for certificate in certificates):
+            raise UsageError("the plans of these runs are certified for different recalls: give one as --recall-bound")
+    if set(bounds) == set(evidence.categories) and len(bounds) > 1:
+        bounds = bounds | {ALL: min(bounds.values())}
+    return bounds
+
+
+def _checks(
+    samples: dict[str, Reviewed], bounds: dict[str, float], canaries: dict[str, int], confidence: float
+) -> list[Check]:
+    tested = canaries["found"] + canaries["missed"]
+    count = len(samples) + bool(bounds and tested)
+    each = 1 - (1 - confidence) / max(1, count)
+    checks = [
+        Check(name=name, bound=bounds[name], at_most=recall_at_most(sample, each)) for name, sample in samples.items()
+    ]
+    if bounds and tested:
+        at_most = interval(canaries["found"], tested, 2 * each - 1)[1]
+        checks.append(Check(name=CANARIES, bound=min(bounds.values()), at_most=at_most))
+    return checks
+
+
+def _notes(
+    samples: dict[str, Reviewed], estimates: dict[str, Estimate], checks: list[Check], confidence: float
+) -> list[str]:
+    notes = []
+    for name, found in estimates.items():
+        if found.flagged_reviewed < found.flagged:
+            notes.append(
+                f"{name}: {found.flagged_reviewed:,} of {found.flagged:,} flagged were reviewed; what was found is "
+                "scaled up from them, as if they had been chosen at random"
+            )
+    if not checks:
+        notes.append(
+            "no recall was certified, so there is nothing to raise an alarm about: give --recall-bound, or a "
+            "plan with a certificate"
+        )
+    each = 1 - (1 - confidence) / max(1, len(checks))
+    for check in checks:
+        if check.name != CANARIES and not check.broken:
+            notes += _power_note(check, samples[check.name], estimates[check.name], each)
+    return notes
+
+
+def _power_note(check: Check, sample: Reviewed, found: Estimate, confidence: float) -> list[str]:
+    """How many reviews it takes, when a fall of recall would mostly go unseen."""
+    violating = found.found.interval[1] + (found.missed.value or 0)
+    share = share_to_review(violating, check.bound, confidence)
+    fall = f"{check.name}: a fall of recall to {fallen_recall(check.bound):.4g}"
+    if share is None:
+        return [
+            f"{fall} could not be seen with a power of {POWER:g} however many of these images were reviewed: too few "
+            "are violating; audit several runs together (--run-id A --run-id B)"
+        ]
+    evenly = 1 / max(sample.weights().values())
+    if share <= evenly:
+        return []
+    return [
+        f"{fall} would be seen with a power of {POWER:g} when {math.ceil(share * found.cleared):,} cleared images "
+        f"drawn evenly were reviewed, a share of {share:.2g}; of most images this sample holds {evenly:.2g}: raise the "
+        "plan's audit rate, or audit several runs together"
+    ]
+
+
+def audit_table(result: AuditResult) -> Table:
+    """For people."""
+    title = f"audit of {', '.join(result.run_ids)}, intervals at {100 * result.confidence:g} %"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "estimate", "interval", "reviewed"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, found in result.estimates.items():
+        flagged = f"{found.flagged_reviewed:,} of {found.flagged:,} flagged"
+        drawn = f"{found.audited_reviewed:,} of {found.audited:,} drawn"
+        table.add_row(name, "", "", "")
+        table.add_row("  recall", *_shares(found.recall), "")
+        table.add_row("  false omission rate", *_shares(found.false_omission_rate), "")
+        table.add_row("  prevalence", *_shares(found.prevalence), "")
+        table.add_row("  violating, flagged", *_counts(found.found), flagged)
+        table.add_row("  violating, missed", *_counts(found.missed), f"{drawn}, {found.misses_seen:,} violating")
+        for stage, missed in found.missed_by_stage.items():
+            table.add_row(f"    cleared by {stage}", *_counts(missed), "")
+        table.add_section()
+    if any(result.canaries.values()):
+        tested = result.canaries["found"] + result.canaries["missed"]
+        found_of = interval(result.canaries["found"], tested, result.confidence)
+        counts = f"{result.canaries['found']:,} of {tested:,} tested"
+        failed = f"{result.canaries['failed']:,} failed"
+        table.add_row("canaries found", counts, f"{found_of[0]:.4f} to {found_of[1]:.4f}", failed)
+    for check in result.checks:
+        verdict = "alarm" if check.broken else "no alarm"
+        table.add_row(f"bound of {check.name}: {check.bound:g}", verdict, f"at most {check.at_most:.4f}", "")
+    return table
+
+
+def _shares(figure: Figure) -> tuple[str, str]:
+    low, high = figure.interval
+    return "unknown" if figure.value is None else f"{figure.value:.6f}", f"{low:.6f} to {high:.6f}"
+
+
+def _counts(figure: Figure) -> tuple[str, str]:
+    low, high = figure.interval
+    return "unknown" if figure.value is None else f"{figure.value:,.1f}", f"{low:,.1f} to {high:,.1f}"

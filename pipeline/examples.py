@@ -88,8 +88,16 @@ def read_labelled(
         names = pc.unique(table["uri"])
         rows = pc.index_in(table["uri"], names).to_numpy()
         columns = pc.index_in(table["category"], pa.array(categories)).to_numpy()
+        violating = table["label"].to_numpy() == 1
         truth = np.zeros((len(names), len(categories)), dtype=bool)
-        truth[rows, columns] = table["label"].to_numpy() == 1
+        truth[rows[violating], columns[violating]] = True
+        both = truth[rows, columns] & ~violating
+        if both.any():
+            row = int(np.argmax(both))
+            raise UsageError(
+                f"labels {source}: {names[int(rows[row])]} is labelled both with and without category "
+                f"{categories[int(columns[row])]!r}, and {int(both.sum()) - 1} more are so: remove one of the labels"
+            )
         uris += names.to_pylist()
         labels.append(truth)
     return LabelledPictures(uris=uris, labels_NK=np.concatenate(labels))
@@ -120,7 +128,8 @@ class PictureReader:
     def _read(self, first: int, uris: list[str]) -> dict[str, Any]:
         images = [Image(image_id=uri, uri=uri) for uri in uris]
         (window,) = self.decoder([self.fetcher.fetch(Window(shard=0, window=0, first_ordinal=first, images=images))])
-        row: dict[str, Any] = {"first": first, "pixels": None, "uri": None, "error": None}
+        seconds = sum(work.seconds for work in window.work if work.operator == "decode")
+        row: dict[str, Any] = {"first": first, "pixels": None, "decode_seconds": seconds, "uri": None, "error": None}
         for image in images:
             if image.outcome == "error":
                 return row | {"uri": image.uri, "error": f"{image.error_code}: {image.error_detail}"}

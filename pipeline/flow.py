@@ -21,7 +21,8 @@ from pipeline.errors import RunError
 from pipeline.examples import PictureReader
 from pipeline.fetch import Fetcher
 from pipeline.plan import Plan, Pool
-from pipeline.rows import Operator, RefsToWindows, UrisToPictures, WindowsToReceipts, WindowsToWindows
+from pipeline.rows import GroupsToScores, Operator, RefsToWindows, UrisToPictures, WindowsToReceipts, WindowsToWindows
+from pipeline.scoring import GroupScorer
 from pipeline.sink import Sink
 from pipeline.source import Shard
 from pipeline.stages import GroupStage
@@ -113,6 +114,12 @@ def read_pictures(uris: list[str], side: int, endpoint_url: str | None, pool: Po
     starts = range(0, len(uris), PICTURES_PER_ROW)
     chunks = pa.table({"first": list(starts), "uris": [uris[start : start + PICTURES_PER_ROW] for start in starts]})
     yield from _apply(_source(chunks), UrisToPictures, pool, (PictureReader, (side, endpoint_url), {})).iter_rows()
+
+
+def score_rows(rows: pa.Table, scorer: tuple, pool: Pool) -> Iterator[dict[str, Any]]:
+    """Rows of ``schema.SCORING`` with their scores, in no order. ``scorer``: what a ``GroupScorer`` is made of."""
+    _configure()
+    yield from _apply(_source(rows), GroupsToScores, pool, (GroupScorer, scorer, {})).iter_rows()
 
 
 def window_refs(store: Store, shards: list[Shard]) -> pa.Table:

@@ -17,6 +17,7 @@ import numpy as np
 from models.group_net import GroupNet
 from models.training import host, score_groups
 from models.weights import ZOO, Card, load_net
+from pipeline.calibration import highest_keeping
 from pipeline.plan import Plan, StageSpec, WindowSpec
 from pipeline.splits import LabelledPixels
 
@@ -205,10 +206,3 @@ def group_threshold(
     scores = score_groups(net.net, held.pixels_NSS3, hosted)[:, net.column]
     # All positives stand there once per redraw; each consecutive ``groupings`` redraws are one case.
     return highest_keeping(scores.reshape(redraws, groupings, -1).min(axis=1).ravel(), fitting.kept_share)
-
-
-def highest_keeping(scores: np.ndarray, share: float) -> float:
-    """The highest threshold that at least ``share`` of the scores reach."""
-    ordered = np.sort(scores)
-    # 0.05 * 20 must give 1, although 1 - 0.95 is a little more than 0.05 and other shares a little less.
-    return float(ordered[min(len(ordered) - 1, int((1 - share) * len(ordered) + 1e-9))])

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from pipeline.schema import PICTURES, RECEIPT
+from pipeline.schema import PICTURES, RECEIPT, SCORING
 from pipeline.window import windows_from_table, windows_to_table
 
 
@@ -72,3 +72,8 @@ class WindowsToReceipts(Watched):
 class UrisToPictures(Operator):
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(self.operator(table.to_pylist()), PICTURES)
+
+
+class GroupsToScores(Operator):
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist(self.operator(table.to_pylist()), SCORING)

@@ -19,8 +19,9 @@ from models.backbone import Trunk
 from models.group_net import GroupNet, MergePoint
 from models.weights import load_net, save_net
 from pipeline.bench_models import ModelsConfig, bench_models
+from pipeline.calibration import highest_keeping
 from pipeline.examples import LabelledPictures, split_off
-from pipeline.group_plans import ALGORITHMS, Fitting, Net, group_threshold, highest_keeping, load_nets, make_entries
+from pipeline.group_plans import ALGORITHMS, Fitting, Net, group_threshold, load_nets, make_entries
 from pipeline.plan import Plan, StageSpec, WindowSpec, load_plan, parse_plan
 from pipeline.prevalence import Effort, Judge, Judged, StageRun
 from pipeline.splits import LabelledPixels, read_splits

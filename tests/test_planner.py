@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.planner import Accuracy, best_dorfman_size, hierarchical, split_evenly, square_array
 from pipeline.replay import Scored, Step, replay
+from tests.authors import GMAC, GROUPINGS, REUSED
 
 
 def accuracies(row: dict[str, str], stages: int) -> list[Accuracy]:
@@ -131,16 +132,6 @@ def simulate_array(truth: np.ndarray, side: int, tests, rng) -> tuple[np.ndarray
 def test_numbers_that_make_no_algorithm(levels, prevalence, words):
     with pytest.raises(ValueError, match=words):
         hierarchical(levels, prevalence, [Accuracy()] * 2)
-
-
-# GMAC of the authors' tests, and of one that begins from features that are there (retests of a feature merge).
-GMAC = {
-    "K0": 16.5, "MIX2": 16.5, "MIX4": 16.5, "G1_2": 17.95, "G1_4": 20.85, "G1_8": 26.64, "G2_2": 20.16, "G2_4": 27.46,
-    "G2_8": 42.06, "G2_16": 71.27, "G2_32": 129.68, "TREE_4": 23.05, "TREE_8": 33.25, "TREE_16": 53.65,
-}  # fmt: skip
-REUSED = 12.86
-# Of the first and the second grouping of the one-round rows: as published, and with the costs of the nets they used.
-GROUPINGS = {"TREE_4": [(23.05, 17.26), (23.05, 17.26)], "G2_8": [(33.25, 21.66), (42.06, REUSED)]}
 
 
 @pytest.fixture(scope="module")

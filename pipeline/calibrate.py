@@ -1,0 +1,386 @@
+"""From labelled pictures to scores: every candidate test on every picture, and on groups that host the positives.
+
+Pictures are split into halves by what they show, not by name, so that versions of one picture stay together. Within
+a half each positive is hosted by blocks of re-drawn negatives, and other blocks hold negatives only. Behind a cheap net
+groups are of what it lets through: such survivors attract each other, so they are grouped among themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from models.cost import gmac_per_test
+from models.weights import load_net
+from pipeline.calibration import highest_keeping
+from pipeline.cluster import ray_session
+from pipeline.errors import RunError, UsageError
+from pipeline.examples import LabelledPictures, read_labelled
+from pipeline.fit import read_pixels
+from pipeline.flow import read_pictures, score_rows
+from pipeline.machine import describe_machine, describe_versions
+from pipeline.plan import Actors, Pool
+from pipeline.preflight import check_output
+from pipeline.schema import SCORING
+from pipeline.scores import HALVES, Arrangement, Candidate, Scores, scores_bytes
+from pipeline.storage import check_endpoint, storage_errors_as_usage
+from pipeline.store import Store
+
+IMAGES_PER_ROW = 256
+TIMED_PICTURES = 768
+SEARCH, CERTIFY = range(len(HALVES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """Scores labelled pictures with every candidate test, alone and in groups, for jobs.plan to choose from.
+
+    Exit codes: 0 done, 1 it began and failed, 2 wrong usage, labels or nets.
+    """
+
+    labels: tuple[str, ...]
+    """Labelled pictures, a random sample of what scans will see: labels files (Parquet: uri, category, label, each of
+    0 or 1) or folders with a folder per class."""
+    models: tuple[str, ...]
+    """Candidate nets, NAME or NAME@PIXELS for another input size than the card's: a net of the zoo or a card's path."""
+    search_labels: tuple[str, ...] = ()
+    """More labelled pictures that may be a biased sample, as reviews of flagged ones are: the search learns from them,
+    nothing is certified on them."""
+    categories: tuple[str, ...] = ()
+    """What to look for; default: what all candidates score."""
+    output: str = "scores.parquet"
+    """File to write: local, or s3://."""
+    search_share: float = 0.4
+    """Share of the pictures that thresholds are searched on; the others certify."""
+    redraws: int = 4
+    """How often each positive is given other companions."""
+    passes: int = 2
+    """How often the negatives are shuffled into blocks without a positive."""
+    screen_recalls: tuple[float, ...] = (0.98, 0.995)
+    """Groups behind a net that tests images alone are of what it lets through when it keeps these shares of the
+    positives. None: such plans are not looked for."""
+    screens: int = 1
+    """How many of the cheapest candidates of single images are tried as such."""
+    cache: Path = Path("out/examples")
+    """Folder for decoded pictures; on a cluster all nodes must see it."""
+    endpoint_url: str | None = None
+    """Address of an S3-compatible server; without it AWS is meant."""
+    gpu: bool = False
+    """Score on GPUs, one an actor."""
+    actors: int = 0
+    """Actors that score; default: one a CPU of this machine, or one GPU."""
+    seed: int = 1
+    """Of halves and companions."""
+
+    def __post_init__(self) -> None:
+        check_endpoint(self.endpoint_url)
+        if not 0.1 <= self.search_share <= 0.9:
+            raise UsageError(f"search share is {self.search_share:g}, but both halves need at least a tenth")
+        for name in ("redraws", "passes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+        if not all(0 < recall < 1 for recall in self.screen_recalls):
+            raise UsageError(f"screen recalls are {self.screen_recalls}; give shares between 0 and 1, as in 0.98 0.995")
+
+    @property
+    def pool(self) -> Pool:
+        actors = self.actors or (1 if self.gpu else os.cpu_count() or 1)
+        return Pool(num_cpus=1, num_gpus=float(self.gpu), actors=Actors(min=1, max=actors))
+
+
+def calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> Scores:
+    """Raises UsageError on labels or nets that cannot be calibrated with, RunError when scoring fails."""
+    categories, candidates = find_candidates(config.models, config.categories)
+    pictures, biased_N = _read(config, categories)
+    sides = sorted({candidate.input_size for candidate in candidates})
+    violating = int(pictures.labels_NK.any(axis=1).sum())
+    say(f"{len(pictures.uris):,} pictures, {violating:,} of them violating, at {sides} pixels")
+    with ray_session([config.pool], "calibrating"):
+        pixels = {side: str(read_pixels(pictures.uris, side, config.cache, config.endpoint_url)) for side in sides}
+        cluster_N = find_versions(np.load(pixels[sides[0]], mmap_mode="r"), pictures)
+        half_N = split(cluster_N, pictures.labels_NK, biased_N, config.search_share, config.seed)
+        scorer = _Scorer(config, categories, pixels)
+        say(f"timing {len(candidates)} candidates")
+        candidates = scorer.time(candidates)
+        alone = [candidate for candidate in candidates if candidate.size == 1]
+        answers = scorer.score([(candidate, np.arange(len(pictures.uris))[:, None]) for candidate in alone])
+        single = {candidate.name: scores_NK for candidate, scores_NK in zip(alone, answers, strict=True)}
+        arrangements = _arrange(config, candidates, single, pictures.labels_NK, half_N, scorer, say)
+        decode_seconds = {side: _time_decoding(config, pictures, side) for side in sides}
+    return Scores(
+        categories=categories,
+        candidates={candidate.name: candidate for candidate in candidates},
+        uris=pictures.uris,
+        labels_NK=pictures.labels_NK,
+        half_N=half_N,
+        cluster_N=cluster_N,
+        single=single,
+        arrangements=tuple(arrangements),
+        decode_seconds=decode_seconds,
+        facts={
+            "labels": config.labels,
+            "search_labels": config.search_labels,
+            "seed": config.seed,
+            "redraws": config.redraws,
+            "machine": describe_machine(),
+            "versions": describe_versions("dorfman", "torch", "ray"),
+        },
+    )
+
+
+def run_calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> Scores:
+    """Calibrates and writes the file, for which there must be room before anything is scored."""
+    folder, name = os.path.split(config.output)
+    if not name.endswith(".parquet"):
+        raise UsageError(f"output is {config.output!r}: give the name of a .parquet file")
+    store = Store(folder or ".", config.endpoint_url)
+    with storage_errors_as_usage():
+        check_output(store)
+    scores = calibrate(config, say)
+    store.write(name, scores_bytes(scores))
+    return scores
+
+
+def find_candidates(models: Sequence[str], categories: Sequence[str] = ()) -> tuple[tuple[str, ...], list[Candidate]]:
+    """The categories, and every group size of every net. Raises UsageError."""
+    found: list[Candidate] = []
+    scored: tuple[str, ...] = tuple(categories)
+    for entry in dict.fromkeys(models):
+        name, _, side = entry.partition("@")
+        if side and not side.isdigit():
+            raise UsageError(f"model {entry!r}: write NAME@PIXELS, as in emblem@112")
+        try:
+            net, card = load_net(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        scored = scored or card.categories
+        missing = sorted(set(scored) - set(card.categories))
+        if missing:
+            raise UsageError(f"model {name!r} scores {list(card.categories)}, not {missing}: leave it out, or them")
+        pixels = int(side) if side else card.input_size
+        largest = net.group_sizes[-1]
+        short = Path(name).stem if name.endswith(".json") else name
+        found += [
+            Candidate(
+                name=f"{short}@{pixels}" + (f"x{size}" if size > 1 else ""),
+                model=name,
+                input_size=pixels,
+                size=size,
+                gmac=gmac_per_test(net, pixels, size),
+                gmac_kept=gmac_per_test(net, pixels, size, reused_from=largest) if size < largest else None,
+            )
+            for size in net.group_sizes
+        ]
+    names = [candidate.name for candidate in found]
+    if len(set(names)) < len(names):
+        raise UsageError(f"candidates are called {sorted(names)}: give nets of different names")
+    return scored, found
+
+
+def _read(config: CalibrateConfig, categories: tuple[str, ...]) -> tuple[LabelledPictures, np.ndarray]:
+    """All pictures once, in an order that means nothing, and which of them are a biased sample."""
+    fair = read_labelled(config.labels, categories, config.endpoint_url)
+    if config.search_labels:
+        biased = read_labelled(config.search_labels, categories, config.endpoint_url)
+    else:
+        biased = LabelledPictures(uris=[], labels_NK=fair.labels_NK[:0])
+    uris, labels_NK = fair.uris + biased.uris, np.concatenate([fair.labels_NK, biased.labels_NK])
+    biased_N = np.arange(len(uris)) >= len(fair.uris)
+    rows: dict[str, int] = {}
+    for row, uri in enumerate(uris):
+        first = rows.setdefault(uri, row)
+        _check_same(uris, labels_NK, first, row)
+    order = np.random.default_rng(config.seed).permutation(list(rows.values()))
+    return LabelledPictures(uris=[uris[row] for row in order], labels_NK=labels_NK[order]), biased_N[order]
+
+
+def _check_same(uris: list[str], labels_NK: np.ndarray, first: int, row: int) -> None:
+    if (labels_NK[first] != labels_NK[row]).any():
+        names = uris[row] if uris[first] == uris[row] else f"{uris[first]} and {uris[row]}, which show the same pixels,"
+        raise UsageError(
+            f"labels: {names} are labelled differently ({labels_NK[first].astype(int).tolist()} and "
+            f"{labels_NK[row].astype(int).tolist()}): correct one of them"
+        )
+
+
+def find_versions(pixels_NSS3: np.ndarray, pictures: LabelledPictures) -> np.ndarray:
+    """Numbers (N,) that pictures of the same pixels share. Raises UsageError when these are labelled differently."""
+    first: dict[bytes, int] = {}
+    cluster_N = np.empty(len(pixels_NSS3), dtype=np.int64)
+    for row, pixels_SS3 in enumerate(pixels_NSS3):
+        cluster_N[row] = first.setdefault(hashlib.blake2b(pixels_SS3.tobytes(), digest_size=16).digest(), row)
+        _check_same(pictures.uris, pictures.labels_NK, int(cluster_N[row]), row)
+    return cluster_N
+
+
+def split(
+    cluster_N: np.ndarray, labels_NK: np.ndarray, biased_N: np.ndarray, search_share: float, seed: int
+) -> np.ndarray:
+    """The half (N,) of each picture. Versions stay together; of every combination of labels each half has its share.
+
+    A biased picture is for the search, unless the fair sample has a version of it: it goes where that one goes.
+    """
+    rng = np.random.default_rng([seed, 1])
+    half_N = np.full(len(cluster_N), SEARCH)
+    only_biased = np.setdiff1d(cluster_N, cluster_N[~biased_N])
+    patterns_N = np.unique(labels_NK, axis=0, return_inverse=True)[1].ravel()
+    for pattern in np.unique(patterns_N):
+        clusters = rng.permutation(np.setdiff1d(cluster_N[patterns_N == pattern], only_biased))
+        # At least one to each half, where there are two.
+        first = min(max(round(search_share * len(clusters)), 1), max(len(clusters) - 1, 0))
+        half_N[np.isin(cluster_N, clusters[first:])] = CERTIFY
+    return half_N
+
+
+def _arrange(
+    config: CalibrateConfig,
+    candidates: Sequence[Candidate],
+    single: dict[str, np.ndarray],
+    labels_NK: np.ndarray,
+    half_N: np.ndarray,
+    scorer: _Scorer,
+    say: Callable[[str], None],
+) -> list[Arrangement]:
+    groups = [candidate for candidate in candidates if candidate.size > 1]
+    if not groups:
+        return []
+    # Blocks hold whole groups of every size.
+    length = int(np.lcm.reduce([candidate.size for candidate in groups]))
+    rng = np.random.default_rng([config.seed, 2])
+    cheapest = sorted((c for c in candidates if c.size == 1), key=lambda candidate: candidate.gmac)[: config.screens]
+    wanted: list[tuple[str | None, tuple[float, ...], np.ndarray]] = [(None, (), np.ones(len(half_N), dtype=bool))]
+    for screen in cheapest:
+        for recall in config.screen_recalls:
+            scores_NK = single[screen.name]
+            thresholds_K = screen_thresholds(scores_NK, labels_NK, half_N == SEARCH, recall)
+            wanted.append((screen.name, thresholds_K, np.any(scores_NK >= np.array(thresholds_K), axis=1)))
+    drawn = []
+    for name, thresholds, there_N in wanted:
+        try:
+            image_BL = draw_blocks(
+                np.any(labels_NK, axis=1), half_N, there_N, length, config.redraws, config.passes, rng
+            )
+        except ValueError as error:
+            if name is None:
+                raise UsageError(f"labels: {error}; label more pictures without any category") from error
+            say(f"no groups behind {name}: {error}")
+            continue
+        drawn.append((name, thresholds, image_BL))
+    say(f"scoring {sum(len(blocks) for *_, blocks in drawn):,} blocks of {length} with {len(groups)} candidates")
+    jobs = [(candidate, blocks.reshape(-1, candidate.size)) for *_, blocks in drawn for candidate in groups]
+    answers = iter(scorer.score(jobs))
+    return [
+        Arrangement(
+            image_BL=image_BL,
+            scores={c.name: next(answers).reshape(len(image_BL), length // c.size, -1) for c in groups},
+            screen=name,
+            screen_thresholds=thresholds,
+        )
+        for name, thresholds, image_BL in drawn
+    ]
+
+
+def screen_thresholds(
+    scores_NK: np.ndarray, labels_NK: np.ndarray, searched_N: np.ndarray, recall: float
+) -> tuple[float, ...]:
+    """Per category the highest score that keeps ``recall`` of the search half's positives."""
+    return tuple(
+        highest_keeping(scores_N[searched_N & labels_N], recall)
+        for scores_N, labels_N in zip(scores_NK.T, labels_NK.T, strict=True)
+    )
+
+
+def draw_blocks(
+    positive_N: np.ndarray,
+    half_N: np.ndarray,
+    there_N: np.ndarray,
+    length: int,
+    redraws: int,
+    passes: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Blocks (B, L) of one half each: every positive there at a random place among negatives, ``redraws`` times, then
+    the negatives alone in ``passes`` orders. Raises ValueError when a half's negatives do not fill a block."""
+    blocks = []
+    for half, name in enumerate(HALVES):
+        hosts = np.flatnonzero(there_N & positive_N & (half_N == half))
+        negatives = np.flatnonzero(there_N & ~positive_N & (half_N == half))
+        if len(negatives) < length:
+            raise ValueError(f"{len(negatives)} negatives of the {name} half do not fill a block of {length}")
+        for _ in range(redraws):
+            for host in hosts:
+                block_L = rng.choice(negatives, length, replace=False)
+                block_L[rng.integers(length)] = host
+                blocks.append(block_L)
+        for _ in range(passes):
+            order = rng.permutation(negatives)
+            blocks += list(order[: len(order) // length * length].reshape(-1, length))
+    return np.array(blocks)
+
+
+class _Scorer:
+    """Candidates on the actor pool."""
+
+    def __init__(self, config: CalibrateConfig, categories: tuple[str, ...], pixels: dict[int, str]) -> None:
+        self.pool, self.categories = config.pool, categories
+        self.made_of = (pixels, categories, config.gpu)
+
+    def score(self, jobs: Sequence[tuple[Candidate, np.ndarray]]) -> list[np.ndarray]:
+        """Scores (G, K) of each candidate for its groups (G, M)."""
+        rows: list[dict[str, Any]] = []
+        places: list[tuple[int, int]] = []
+        for job, (candidate, members_GM) in enumerate(jobs):
+            groups = max(1, IMAGES_PER_ROW // candidate.size)
+            for start in range(0, len(members_GM), groups):
+                rows.append(_row(len(rows), candidate, members_GM[start : start + groups]))
+                places.append((job, start))
+        found = [np.full((len(members_GM), len(self.categories)), np.nan, np.float32) for _, members_GM in jobs]
+        missing = len(rows)
+        for row in self._run(rows):
+            job, start = places[row["job"]]
+            scores_GK = np.array(row["scores"], np.float32).reshape(-1, len(self.categories))
+            found[job][start : start + len(scores_GK)] = scores_GK
+            missing -= 1
+        if missing:
+            raise RunError(f"{missing:,} of {len(rows):,} batches did not come back from Ray; start again")
+        return found
+
+    def time(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The same with their seconds."""
+        timed = {row["job"]: row for row in self._run([_row(job, c, None) for job, c in enumerate(candidates)])}
+        return [
+            replace(candidate, seconds=timed[job]["seconds"], seconds_kept=timed[job]["seconds_kept"])
+            for job, candidate in enumerate(candidates)
+        ]
+
+    def _run(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        return score_rows(pa.Table.from_pylist(rows, SCORING), self.made_of, self.pool)
+
+
+def _row(job: int, candidate: Candidate, members_GM: np.ndarray | None) -> dict[str, Any]:
+    return {
+        "job": job,
+        "model": candidate.model,
+        "side": candidate.input_size,
+        "size": candidate.size,
+        "members": None if members_GM is None else members_GM.ravel().tolist(),
+    }
+
+
+def _time_decoding(config: CalibrateConfig, pictures: LabelledPictures, side: int) -> float:
+    """Seconds to decode one picture, the median over batches on as many actors as score."""
+    # Violating pictures may be of another kind: the sample is of all.
+    uris = pictures.uris[:TIMED_PICTURES]
+    batches = []
+    for row in read_pictures(uris, side, config.endpoint_url, config.pool):
+        pictures_read = min(len(uris) - row["first"], len(row["pixels"] or b"") // (3 * side * side))
+        batches.append(row["decode_seconds"] / max(1, pictures_read))
+    return statistics.median(batches)

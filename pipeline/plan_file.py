@@ -1,0 +1,166 @@
+"""A proposal as a plan that a scan can run: stages, thresholds, pools that fit a machine, and its burst rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import yaml
+
+from pipeline.burst import burst_rule
+from pipeline.plan import BurstRule, Certificate, Plan, Pool, Preparation, StageSpec, WindowSpec
+from pipeline.proposal import Judged, Proposal, Request
+from pipeline.scores import Candidate, Scores, to_scores
+from pipeline.search import Field, Route
+
+WINDOW_IMAGES = 256
+SCREENED_WINDOW_IMAGES = 1024
+"""Where groups are formed of what a screen lets through: few are left of a window, and its last group has holes."""
+BATCH_IMAGES = 64
+FETCH_CPUS = 0.2
+WRITE_CPUS = 0.1
+LEAST_CPUS = 0.15
+"""Of an actor: below this Ray would start more of them than their imports are worth."""
+FIRST_GROUPS = 8
+"""Whose results tell a burst."""
+PREVALENCES = np.geomspace(1e-5, 0.5, 60)
+
+
+def to_plan(scores: Scores, proposal: Proposal, name: str, cpus: float, gpus: float) -> Plan:
+    """``cpus`` and ``gpus``: what its pools may take at least; a larger machine raises their ``actors.max``."""
+    judged, request = proposal.chosen, proposal.request
+    stages = list(_stages(judged.route))
+    firsts = [judged.route.steps[places[0]] for places in stages]
+    length = math.lcm(*(first.size for first in firsts))
+    images = SCREENED_WINDOW_IMAGES if judged.route.screened else WINDOW_IMAGES
+    window = WindowSpec(images=max(1, images // length) * length)
+    decode_cpus, stage_cpus = _share_cpus(scores, judged, stages, cpus)
+    names = _names(firsts)
+    return Plan(
+        name=name,
+        categories=scores.categories,
+        window=window,
+        preparation=Preparation(
+            fetch=Pool(num_cpus=FETCH_CPUS),
+            decode=Pool(num_cpus=decode_cpus),
+            write=Pool(num_cpus=WRITE_CPUS, windows_per_call=2),
+        ),
+        stages=tuple(
+            StageSpec(
+                name=names[number],
+                model=first.model,
+                rounds=_rounds(judged.route, places),
+                thresholds={
+                    category: tuple(_rounded_down(logit) for logit in judged.thresholds_SK[places, k])
+                    for k, category in enumerate(scores.categories)
+                },
+                input_size=first.input_size,
+                batch_images=max(1, BATCH_IMAGES // first.size) * first.size,
+                num_cpus=1.0 if gpus else stage_cpus[number],
+                num_gpus=round(gpus / len(stages), 2),
+                # Behind a stage few images are left of a window: several windows fill a batch.
+                windows_per_call=1 if number == 0 else 2,
+                burst=_burst(scores, judged, request, window) if number == 0 else None,
+            )
+            for number, (first, places) in enumerate(zip(firsts, stages, strict=True))
+        ),
+        certificate=Certificate(
+            recall={
+                c: math.floor(1e6 * bound) / 1e6 for c, bound in zip(scores.categories, proposal.bound_K, strict=True)
+            },
+            confidence=request.confidence,
+            prevalence=dict(zip(scores.categories, request.prevalence.mean_K, strict=True)),
+            positives=dict(zip(scores.categories, proposal.positives_K, strict=True)),
+        ),
+    )
+
+
+def plan_yaml(plan: Plan, header: Sequence[str]) -> str:
+    content = plan.model_dump(mode="json", exclude_defaults=True)
+    comments = "".join(f"# {line}\n" for line in header)
+    return comments + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+
+
+def _stages(route: Route) -> Iterator[list[int]]:
+    """Places among the route's steps, stage by stage: steps that reuse features are rounds of one."""
+    places: list[int] = []
+    for place in range(len(route.steps)):
+        if places and not route.begins_kept(place):
+            yield places
+            places = []
+        places.append(place)
+    yield places
+
+
+def _rounds(route: Route, places: Sequence[int]) -> tuple[int, ...]:
+    return tuple(route.steps[place].size for place in places)
+
+
+def _names(firsts: Sequence[Candidate]) -> list[str]:
+    """Of stages that begin with these tests."""
+    names: list[str] = []
+    for number, first in enumerate(firsts):
+        role = "group" if first.size > 1 else "single" if number + 1 == len(firsts) else "screen"
+        again = sum(name.partition("-")[0] == role for name in names)
+        names.append(f"{role}-{again + 1}" if again else role)
+    return names
+
+
+def _rounded_down(logit: float) -> float:
+    """Six digits, never above the threshold that was certified."""
+    score = float(to_scores(np.array(logit)))
+    if score == 0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(score)) - 5)
+    return round(math.floor(score / unit) * unit, 12)
+
+
+def _share_cpus(scores: Scores, judged: Judged, stages: Sequence[list[int]], cpus: float) -> tuple[float, list[float]]:
+    """CPUs of one decoder (they all get the same) and of each stage, by what they will have to do.
+
+    One CPU's worth of every machine stays for Ray and the reader, or half of it where there are but two.
+    """
+    route, reached_S = judged.route, judged.spent.reached_S
+    timed = all(step.seconds is not None for step in route.steps)
+    nets_S = reached_S * route.nets_S("seconds") if timed else np.zeros(len(route.steps))
+    decoded = [places[0] for places in stages if route.decodes(places[0])]
+    decoding = sum(
+        reached_S[place] * scores.decode_seconds.get(route.steps[place].input_size, 0.0) for place in decoded
+    )
+    seconds = np.array([decoding / len(decoded), *(nets_S[places].sum() for places in stages)])
+    total = decoding + nets_S.sum()
+    spare = 0.5 if cpus <= 2 else 1.0
+    room = cpus - spare - FETCH_CPUS - WRITE_CPUS
+    operators = len(stages) + len(decoded)
+    floor = min(LEAST_CPUS, room / operators)
+    portions = seconds / total if total else np.zeros_like(seconds)
+    shares = floor + (room - floor * operators) * portions
+    decode_cpus, *stage_cpus = (math.floor(100 * share) / 100 for share in shares.tolist())
+    return decode_cpus, stage_cpus
+
+
+def _burst(scores: Scores, judged: Judged, request: Request, window: WindowSpec) -> BurstRule | None:
+    """For a first stage of groups: when its first round no longer pays, as its first groups can tell."""
+    route, thresholds_SK = judged.route, judged.thresholds_SK
+    rounds = _rounds(route, next(_stages(route)))
+    if len(rounds) < 2:
+        return None
+    fallback = Route(steps=route.steps[1:], arrangement=route.arrangement if rounds[1] > 1 else None)
+    planned, instead = (Field(scores, each, "certify", request.prevalence, request.cost) for each in (route, fallback))
+    costs = zip(
+        PREVALENCES,
+        planned.spend_at(thresholds_SK, PREVALENCES),
+        instead.spend_at(thresholds_SK[1:], PREVALENCES),
+        strict=True,
+    )
+    break_even = next((total for total, mine, theirs in costs if theirs.cost < mine.cost), None)
+    if break_even is None or break_even <= request.prevalence.total:
+        return None
+    calm, burst = planned.spend_at(thresholds_SK, [request.prevalence.total, break_even])
+    return burst_rule(
+        rounds,
+        calm_rate=float(calm.reached_S[1] / calm.reached_S[0]),
+        break_even_rate=float(burst.reached_S[1] / burst.reached_S[0]),
+        first_groups=min(FIRST_GROUPS, window.images // rounds[0] - 1),
+    )

@@ -1,20 +1,35 @@
-"""Measures: ``python -m jobs.benchmark COMMAND``. ``models`` compares group testing nets."""
+"""Measures: ``python -m jobs.benchmark COMMAND``. ``models`` compares group testing nets, ``plans`` plans."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 
 from jobs.cli import run_command
 from pipeline.bench_models import ModelsConfig, bench_models, models_tables
+from pipeline.bench_plans import PlansConfig, bench_plans, plans_table
 
 # A table of results has a dozen columns: where there is no terminal to fit, it takes what it needs.
 WIDTH = 190
 
 
-def run_models(config: ModelsConfig) -> None:
+def wide_console() -> Console:
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
+def run_plans(config: PlansConfig) -> None:
+    console = wide_console()
+    result = bench_plans(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    console.print(plans_table(result))
+    row = result["rows"][0]
+    console.print(f"{row['positives']:,} unique positives, {row['negatives']:,} others", highlight=False)
+
+
+def run_models(config: ModelsConfig) -> None:
+    console = wide_console()
     result = bench_models(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
     for table in models_tables(result):
         console.print(table)
@@ -30,7 +45,10 @@ def run_models(config: ModelsConfig) -> None:
         console.print(f"plans: {config.plans}", soft_wrap=True)
 
 
-COMMANDS = {"models": (ModelsConfig, run_models)}
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "models": (ModelsConfig, run_models),
+    "plans": (PlansConfig, run_plans),
+}
 
 if __name__ == "__main__":
     run_command("jobs.benchmark", COMMANDS)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from jobs.cli import run_job
@@ -13,6 +11,7 @@ from pipeline import commit
 from pipeline.audit import audit, audit_table
 from pipeline.errors import RunError, UsageError
 from pipeline.reviews import read_evidence, read_reviews
+from pipeline.sink import table_bytes
 from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
 
@@ -60,10 +59,8 @@ def run(config: JobConfig) -> None:
         result = audit(evidence, config.recall_bound, config.confidence)
         commit.write_json(store, commit.audit_key(config.run_id[0]), result.to_json())
         if config.labels_output:
-            folder, _, name = config.labels_output.rpartition("/")
-            body = io.BytesIO()
-            pq.write_table(evidence.source_labels(), body)
-            Store(folder or ".", config.endpoint_url, patience=READ_PATIENCE).write(name, body.getvalue())
+            target, name = Store.around(config.labels_output, config.endpoint_url, patience=READ_PATIENCE)
+            target.write(name, table_bytes(evidence.source_labels()))
     console.print(audit_table(result))
     for note in result.notes:
         console.print(note, markup=False)

@@ -36,6 +36,8 @@ from pipeline.store import Store
 
 IMAGES_PER_ROW = 256
 TIMED_PICTURES = 768
+OUTPUT_PATIENCE = 300.0
+"""Seconds for which writing is tried again: what took hours to score must not be lost to a minute's outage."""
 SEARCH, CERTIFY = range(len(HALVES))
 
 
@@ -138,10 +140,9 @@ def calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> Scores:
 
 def run_calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> Scores:
     """Calibrates and writes the file, for which there must be room before anything is scored."""
-    folder, name = os.path.split(config.output)
+    store, name = Store.around(config.output, config.endpoint_url, patience=OUTPUT_PATIENCE)
     if not name.endswith(".parquet"):
         raise UsageError(f"output is {config.output!r}: give the name of a .parquet file")
-    store = Store(folder or ".", config.endpoint_url)
     with storage_errors_as_usage():
         check_output(store)
     scores = calibrate(config, say)

@@ -51,6 +51,12 @@ class Store:
         # A bucket whose policy is being changed denies for a while what it took before: that is waited for too.
         return patiently(request, self.patience)
 
+    @staticmethod
+    def around(file: str, endpoint_url: str | None, *, patience: float) -> tuple[Store, str]:
+        """The store that a single file, a uri or a path, is in, and the file's key there."""
+        folder, _, key = file.rpartition("/")
+        return Store(folder or ".", endpoint_url, patience=patience), key
+
     @property
     def name(self) -> str:
         """As its user wrote it, for messages: a folder's path, or the uri."""

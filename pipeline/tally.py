@@ -41,7 +41,7 @@ class Tally:
         for row in rows:
             total = self.work.setdefault((row["operator"], row["round"]), dict.fromkeys(_ADDED, 0))
             for name in _ADDED:
-                total[name] += row[name]
+                total[name] += row.get(name, 0)  # markers of runs that knew no bursts have none
 
     def add(self, other: Tally) -> None:
         self.add_outcomes(other.outcomes)

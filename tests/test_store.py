@@ -31,6 +31,15 @@ def store(request, tmp_path, endpoint) -> Store:
     return Store(f"s3://{BUCKET}/{tmp_path.name}", endpoint)
 
 
+def test_the_store_around_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file, folder in (("a.parquet", tmp_path), (f"{tmp_path}/b/a.parquet", tmp_path / "b")):
+        around, key = Store.around(file, None, patience=1)
+        assert (around.name, key, around.patience) == (str(folder), "a.parquet", 1)
+    around, key = Store.around("s3://b/c/a.parquet", "http://e", patience=1)
+    assert (around.uri, around.endpoint_url, key) == ("s3://b/c", "http://e", "a.parquet")
+
+
 def test_create_decides_once(store):
     assert store.create("a/b", b"first") and not store.create("a/b", b"second")
     assert store.read("a/b") == b"first" and store.exists("a/b") and not store.exists("a/c")

@@ -26,7 +26,7 @@ def main(pictures: str, plan: str, policy: str) -> None:
         admin = s3_client(endpoint)
         for bucket in ("output-bucket", "other-bucket"):
             admin.create_bucket(Bucket=bucket)
-        upload(Path(pictures), endpoint, "source-bucket")
+        upload(Path(pictures), endpoint, "source-bucket", limit=60)
         become_worker(
             endpoint, policy.replace("SOURCE-BUCKET", "source-bucket").replace("OUTPUT-BUCKET", "output-bucket")
         )

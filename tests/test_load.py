@@ -21,6 +21,7 @@ from PIL import Image as Pillow
 
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
+from tests.test_jobs import expect, refuse
 
 PICTURES = 500
 FLAT_BYTES = 300_000_000
@@ -77,14 +78,14 @@ def test_every_row_arrives_and_the_driver_does_not_grow(rclone, tmp_path, rows, 
     url, bucket = rclone
     fill(bucket, rows)
     plan = small_plan(tmp_path, QUICK, window={"images": 1024}, batch_images=256)
-    command = [sys.executable, "-m", "jobs.scan", "--source", "s3://load/keys.parquet", "--output", "s3://load/out"]
-    command += ["--endpoint-url", url, "--plan", str(plan), "--run-id", "r", "--shard-size", str(shard_size)]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and "--single-driver" in refused.stderr, refused.stderr
+    flags = ["--source", "s3://load/keys.parquet", "--output", "s3://load/out", "--endpoint-url", url]
+    flags += ["--plan", str(plan), "--run-id", "r", "--shard-size", str(shard_size)]
+    expect(refuse(*flags), 2, "--single-driver")
 
     began = time.monotonic()
     log = (tmp_path / "log.txt").open("w")
-    driver = subprocess.Popen([*command, "--single-driver"], stdout=log, stderr=log)
+    command = [sys.executable, "-m", "jobs.scan", *flags, "--single-driver"]
+    driver = subprocess.Popen(command, stdout=log, stderr=log)
     memory: list[tuple[int, int]] = []
     markers = bucket / "out/_state/r/markers"
     while driver.poll() is None:

@@ -132,8 +132,8 @@ def test_nothing_is_left_behind_and_a_complete_run_never_changes(scanned, corpus
 @pytest.mark.parametrize(
     ("shard_size", "changes"),
     [
-        (1_000_000, {"windows_per_call": 3, "batch_images": 16}),
-        (32, {"windows_per_call": 1, "batch_images": 128, "actors": {"min": 1, "max": 2}, "num_cpus": 0.1}),
+        (32, {"windows_per_call": 3, "batch_images": 16, "actors": {"min": 1, "max": 2}, "num_cpus": 0.1}),
+        pytest.param(1_000_000, {"windows_per_call": 1, "batch_images": 128}, marks=pytest.mark.slow),
     ],
 )
 def test_call_pool_and_shard_sizes_do_not_change_a_verdict(scanned, corpus, tmp_path, shard_size, changes):

@@ -166,7 +166,7 @@ TURN = st.tuples(
 RUSHED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 
-@settings(max_examples=30, **RUSHED)
+@settings(max_examples=20, **RUSHED)
 @given(st.lists(TURN, max_size=40))
 @example([(0, STEP, 9), (1, STEP, 60), (0, STEP, 60)])
 @example([(0, STEP, 60), (1, STEP, 60), (0, DIE_AFTER, 1), (2, STEP, 60)])

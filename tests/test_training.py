@@ -16,11 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.cli import parse
 from models.backbone import Trunk
 from models.group_net import GroupNet, MergePoint
 from models.training import (
     Examples,
     GroupSampler,
+    Progress,
     Trainer,
     TrainingConfig,
     augment,
@@ -270,8 +272,8 @@ def test_bad_input_is_named(tmp_path, ray_session):
             job(root, tmp_path / "o", **changes).build_net()
 
 
-def command(root: Path, output: Path, name: str) -> list[str]:
-    flags = {
+def flags(root: Path, output: Path, name: str) -> list[str]:
+    values = {
         "--name": name,
         "--labels": str(root),
         "--validation": str(root),
@@ -284,16 +286,15 @@ def command(root: Path, output: Path, name: str) -> list[str]:
         "--images-per-step": "32",
         "--checkpoint-every": "30",
     }
-    return [sys.executable, "-m", "jobs.train", *sum(flags.items(), ()), "--categories", "a", "b"]
+    return [*sum(values.items(), ()), "--categories", "a", "b"]
 
 
-def test_killed_and_started_again_it_ends_like_one_left_alone(tmp_path):
+def test_killed_and_started_again_it_ends_like_one_left_alone(tmp_path, ray_session):
     root = folder_per_class(tmp_path / "data", 120)
     out = tmp_path / "out"
-    subprocess.run(command(root, out, "alone"), cwd=ROOT, check=True, capture_output=True)
-    process = subprocess.Popen(
-        command(root, out, "killed"), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    fit(parse("jobs.train", TrainConfig, flags(root, out, "alone")), print)
+    command = [sys.executable, "-m", "jobs.train", *flags(root, out, "killed")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
     checkpoint = out / "cache" / "checkpoints" / "killed.pt"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline:
@@ -301,9 +302,9 @@ def test_killed_and_started_again_it_ends_like_one_left_alone(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert checkpoint.exists() and not (out / "killed.json").exists()
-    again = subprocess.run(command(root, out, "killed"), cwd=ROOT, check=True, capture_output=True, text=True)
-    first = int(again.stdout.split("step ")[1].split("/")[0])
-    assert first > 30, "it began from the start"
+    seen: list[Progress] = []
+    fit(parse("jobs.train", TrainConfig, flags(root, out, "killed")), seen.append)
+    assert seen[0].step > 30, "it began from the start"
     alone, resumed = (load_net(str(out / f"{name}.json"))[0] for name in ("alone", "killed"))
     assert torch.allclose(weights(alone), weights(resumed), atol=1e-4)
 

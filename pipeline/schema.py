@@ -10,6 +10,10 @@ import pyarrow as pa
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 
+VERSION = 2
+"""Of the tables. It grows when a column is added, always at the end and nullable; none is ever renamed, given another
+type or another meaning. ``docs/tables.md`` has what changed."""
+
 LABELS = pa.schema(
     [
         ("uri", pa.string()),  # as the ledger's source_uri names it
@@ -172,6 +176,8 @@ LEDGER = pa.schema(
         ("skip_reason", pa.string()),  # set exactly when the outcome is skipped
         ("shard", pa.int32()),
         ("ordinal", pa.int64()),
+        ("sha256", pa.string()),  # of the bytes that were fetched: null when none were
+        ("judged_run_id", pa.string()),  # the run whose verdict was taken over: null when this run tested the image
     ]
 )
 
@@ -207,6 +213,10 @@ FLAGGED = pa.schema(
         ("plan_version", pa.string()),
         ("weights_sha256", pa.string()),  # of the deciding stage's net
         ("recommended_action", pa.string()),
+        ("judged_run_id", pa.string()),  # the run whose verdict was taken over: null when this run tested the image
+        ("match_bank", pa.string()),  # this and the next two: of a hash match, null when a net decided
+        ("match_distance", pa.int32()),  # bits of 256 that differ
+        ("match_quality", pa.int32()),  # of the picture's hash, 0 to 100
     ]
 )
 

@@ -60,7 +60,7 @@ def erase(store: Store, subject: Subject, *, dry_run: bool) -> list[Rewritten]:
     Can be repeated: an erasure that was interrupted is finished by the next. Raises RunError when a table is not
     what its record says.
     """
-    complete = {key.removeprefix("runs/").removesuffix(".json") for key in store.sizes("runs") if key.count("/") == 1}
+    complete = set(commit.complete_runs(store))
     for run in sorted({*store.folders("_state"), *store.folders("_attempts")} - complete):
         if any(_holds(store, key, subject) for key in _parquet(store, run)):
             raise UsageError(

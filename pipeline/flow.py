@@ -16,6 +16,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.exceptions import ExecutionTimeoutError
 
+from pipeline.contents import Contents
 from pipeline.decode import Decoder
 from pipeline.errors import RunError
 from pipeline.examples import PictureReader
@@ -46,6 +47,8 @@ class Destination:
     run_id: str
     salt: str
     models: dict[str, tuple[str, str]]
+    contents: Contents | None = None
+    """What earlier runs have judged."""
 
 
 def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dict[str, Any]]:
@@ -60,7 +63,7 @@ def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dic
     def watched(name: str, build: Callable, *args: Any, **options: Any) -> tuple:
         return build, args, options, name, watch
 
-    fetcher = watched("fetch", Fetcher, store, destination.endpoint_url, preparation)
+    fetcher = watched("fetch", Fetcher, store, destination.endpoint_url, preparation, destination.contents)
     windows = _apply(_source(refs), RefsToWindows, preparation.fetch, fetcher)
     for stage in plan.stages:
         if stage.name in decode_points(plan):

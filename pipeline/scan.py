@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import secrets
+import tempfile
 import time
 import traceback
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,13 +20,16 @@ import ray
 from botocore.exceptions import BotoCoreError, ClientError
 from obstore.exceptions import BaseError
 
-from pipeline import commit
+from pipeline import commit, schema
 from pipeline.canaries import Canaries, count_canaries, read_canaries, with_canaries
 from pipeline.cluster import ray_session
 from pipeline.commit import Ledger
-from pipeline.errors import RunError, StoreError, UsageError
+from pipeline.contents import Contents, Part, write_contents
+from pipeline.earlier import find_earlier, write_earlier
+from pipeline.errors import RunError, RunStopped, StoreError, UsageError
 from pipeline.examples import read_labels
 from pipeline.flow import Destination, pools, stream, window_refs
+from pipeline.limits import Budget, Limits
 from pipeline.plan import Plan, load_plan
 from pipeline.preflight import Models, check_apart, check_models, check_output, check_readable
 from pipeline.progress import Progress
@@ -38,7 +43,7 @@ from pipeline.tally import relative_cost, stage_rows
 
 RECORD_FIELDS = (
     "run_id", "parent_run_id", "source", "exclude", "salt", "scan_date", "started_at", "plan", "plan_version",
-    "weights_sha256", "canaries_sha256", "listed", "duplicates",
+    "weights_sha256", "canaries_sha256", "listed", "duplicates", "since", "increment", "schema_version",
 )  # fmt: skip
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -63,6 +68,15 @@ class ScanConfig:
     """Name of the run; give the name of an unfinished run to go on with it. Default: date and time."""
     retry_errors: str | None = None
     """Instead of a source: scan again, in a new run, what failed in this complete run for reasons that may pass."""
+    since: str | None = None
+    """Test what is new or changed since a run: 'last', the newest complete one over this source with this plan and
+    these nets (without one, everything is tested), or a run by name, whatever its plan was."""
+    known_content: bool = True
+    """With --since: bytes that have been judged under another name keep their verdict, by their SHA-256."""
+    limit_cost: float | None = None
+    """Stop at a shard border rather than let the nets do more than this many GMAC in this start of the run."""
+    deadline: str | None = None
+    """Stop at a shard border rather than go on past this moment: HH:MM in UTC, the next one, or ISO 8601."""
     shard_size: int = 1_000_000
     """Images in one shard, the unit of commit and of resume; rounded up to whole windows."""
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
@@ -87,8 +101,10 @@ class ScanConfig:
             raise UsageError(
                 "give either --source, what to scan, or --retry-errors, the run whose errors to scan again"
             )
-        if self.retry_errors and self.canaries:
-            raise UsageError("--canaries test a scan of a whole source; leave them out with --retry-errors")
+        for flag, given in (("--canaries", self.canaries), ("--since", self.since)):
+            if self.retry_errors and given:
+                raise UsageError(f"{flag} is for a scan of a whole source; leave it out with --retry-errors")
+        Limits.of(self.limit_cost, self.deadline)
         if not 0 <= self.output_patience <= 360:
             raise UsageError(
                 f"output patience is {self.output_patience:g} s, not between 0 and 360: a run that stands "
@@ -97,7 +113,7 @@ class ScanConfig:
         check_endpoint(self.endpoint_url)
         if not 0 <= self.max_outage <= 1:
             raise UsageError(f"max outage is {self.max_outage}, but it is a share between 0 and 1")
-        for run_id in (self.run_id, self.retry_errors):
+        for run_id in (self.run_id, self.retry_errors, self.since):
             if run_id is not None and not RUN_ID.fullmatch(run_id):
                 raise UsageError(f"run id {run_id!r} may hold letters, digits, '.', '_' and '-' only, up to 100")
 
@@ -105,7 +121,7 @@ class ScanConfig:
 def run_scan(config: ScanConfig) -> dict[str, Any]:
     """Runs or resumes a scan and returns its run record.
 
-    Raises UsageError before anything has begun and RunError afterwards.
+    Raises UsageError before anything has begun and RunError afterwards; RunStopped at a limit of the user's.
     """
     began = time.perf_counter()
     with storage_errors_as_usage():
@@ -141,6 +157,9 @@ def _start(
 ) -> dict[str, Any]:
     """Lists the source and freezes the run: what it scans, in which order, and with what."""
     parent = read_parent(store, config.retry_errors) if config.retry_errors else None
+    earlier = None
+    if config.since:
+        earlier = find_earlier(store, config.since, config.source, plan.version, models.weights_sha256)
     if parent:
         rows = list_failed(store, parent, config.endpoint_url)
     else:
@@ -150,12 +169,21 @@ def _start(
     salt = config.salt or secrets.token_hex(16)
     # A folder of its own: two drivers that start one run at once must not write over each other.
     prefix = f"{commit.state_prefix(run_id)}/manifest-{uuid.uuid4().hex[:8]}"
-    manifest = build_manifest(rows, store, prefix, salt=salt, window=plan.window, shard_size=config.shard_size)
+    with ExitStack() as stack:
+        judged = None
+        if earlier:
+            judged = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dorfman-earlier-")))
+            write_earlier(store, earlier, judged)
+        manifest = build_manifest(
+            rows, store, prefix, salt=salt, window=plan.window, shard_size=config.shard_size, earlier=judged
+        )
+        contents = write_contents(judged, store, prefix) if judged and config.known_content else ()
     if manifest.images == manifest.canaries:
         if parent:
             raise UsageError(f"run {config.retry_errors} has no errors that may pass: there is nothing to scan again")
         raise UsageError(f"source {config.source} holds no images (patterns left out: {', '.join(config.exclude)})")
-    check_readable(store, manifest.shards[0], plan.preparation, config.endpoint_url)
+    if not manifest.shards[0].judged:
+        check_readable(store, manifest.shards[0], plan.preparation, config.endpoint_url)
     frozen = {
         "run_id": run_id,
         "parent_run_id": config.retry_errors,
@@ -168,7 +196,11 @@ def _start(
         "plan_version": plan.version,
         "weights_sha256": models.weights_sha256,
         "canaries_sha256": canaries.sha256 if canaries else None,
+        "since": config.since,
+        "schema_version": schema.VERSION,
         **_manifest_json(manifest),
+        "increment": _increment_json(manifest, earlier),
+        "contents": [asdict(part) for part in contents],
     }
     commit.freeze(store, run_id, frozen)
     return frozen
@@ -183,6 +215,13 @@ def _manifest_json(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _increment_json(manifest: Manifest, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Against which run, and what has become of its objects; None when every object was to be tested."""
+    if manifest.increment is None or earlier is None:
+        return None
+    return {"run_id": earlier["run_id"], "plan_version": earlier["plan_version"], **asdict(manifest.increment)}
+
+
 def _check_same_run(
     frozen: dict[str, Any], config: ScanConfig, run_id: str, plan: Plan, models: Models, canaries: Canaries | None
 ) -> None:
@@ -192,6 +231,7 @@ def _check_same_run(
     for what, then, now in (
         ("source", frozen["source"], config.source or frozen["source"]),
         ("--retry-errors", frozen["parent_run_id"], config.retry_errors),
+        ("--since", frozen.get("since"), config.since),
         ("plan version", frozen["plan_version"], plan.version),
         ("weights", frozen["weights_sha256"], models.weights_sha256),
         ("audit rates", frozen["plan"].get("audit", rates), rates),
@@ -233,6 +273,8 @@ class Driver:
         shards = [Shard(**shard) for shard in frozen["shards"]]
         self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, config.max_outage)
         self.committed_before = self.ledger.tally.listed
+        self.limits = Limits.of(config.limit_cost, config.deadline)
+        self.budget = Budget(self.limits, self.ledger.tally)
 
     def run(self, labels: pa.Table | None, began: float) -> dict[str, Any]:
         """The run record. ``began``: reading of the clock when the scan was started."""
@@ -246,6 +288,9 @@ class Driver:
         """Scans the pending shards; seconds until the first windows had been decided."""
         startup = None
         with Progress(self.run_id, self.plan, self.frozen["listed"], self.committed_before) as progress:
+            for judged in [shard for shard in self.ledger.pending if shard.judged]:
+                self.ledger.add_judged(judged)
+                self._committed(judged, progress, began)
             if not self.ledger.pending:
                 return None
             destination = Destination(
@@ -255,6 +300,7 @@ class Driver:
                 run_id=self.run_id,
                 salt=self.frozen["salt"],
                 models=self.models.versions,
+                contents=self._contents(),
             )
             with ray_session(pools(self.plan), f"plan {self.plan.name!r}", self._window_bytes()):
                 for receipt in stream(self.plan, window_refs(self.store, self.ledger.pending), destination):
@@ -262,11 +308,20 @@ class Driver:
                     progress.add(receipt)
                     shard = self.ledger.add(receipt)
                     if shard is not None:
-                        progress.committed(shard.index, len(self.ledger.done), len(self.ledger.shards))
-                        self._write_status("running", began)
+                        self._committed(shard, progress, began)
+                        self.budget.check(self.ledger.tally, self.ledger.pending)
         if self.ledger.pending:
             raise RunError(f"{len(self.ledger.pending)} shards were not finished though the stream has ended")
         return startup
+
+    def _committed(self, shard: Shard, progress: Progress, began: float) -> None:
+        progress.committed(shard, len(self.ledger.done), len(self.ledger.shards))
+        self._write_status("running", began)
+
+    def _contents(self) -> Contents | None:
+        # Runs of a version without increments knew no content.
+        parts = tuple(Part(**part) for part in self.frozen.get("contents", []))
+        return Contents(self.store, parts) if parts else None
 
     def _window_bytes(self) -> int:
         """The most that one window can be in Ray's object store: its files and its pixels."""
@@ -297,6 +352,8 @@ class Driver:
             "windows": sum(self.ledger.shards[index].windows for index in self.ledger.done),
             "errors": tally.errors,
             "canaries": count_canaries(tally.skips),
+            "skips": tally.skips,
+            "taken": tally.taken,
             "operators": tally.work_rows(),
             "stages": stage_rows(tally, self.plan),
             "individual_gmac": self.models.individual_gmac,
@@ -315,6 +372,9 @@ class Driver:
         """Turns whatever ends the run into one line, and leaves the traceback beside the run record."""
         try:
             yield
+        except RunStopped as stop:
+            self._write_status("stopped", began, reason=str(stop))
+            raise RunStopped(f"run {self.run_id!r} stopped: {stop}; {self._again()}") from None
         except (KeyboardInterrupt, Exception) as error:
             line = _one_line(error)
             # When the output itself is what failed, the line below has to do.
@@ -322,8 +382,10 @@ class Driver:
                 self._record_failure(line, began)
             if isinstance(error, KeyboardInterrupt):
                 raise
-            again = f"start it again with --run-id {self.run_id} to go on"
-            raise RunError(f"run {self.run_id!r} failed: {line}; {again}") from error
+            raise RunError(f"run {self.run_id!r} failed: {line}; {self._again()}") from error
+
+    def _again(self) -> str:
+        return f"start it again with --run-id {self.run_id} to go on"
 
     def _record_failure(self, line: str, began: float) -> None:
         if self.ledger.is_current():

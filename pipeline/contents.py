@@ -22,11 +22,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import commit
-from pipeline.schema import CONTENTS, FINDING
+from pipeline.schema import CONTENTS, FINDING, FLAGGED
 from pipeline.source import SORT_MEMORY
 from pipeline.store import Store, digest
 
 PART_ROWS = 2_000_000
+CONTENTS_FILE = "contents-"
+"""How the names of the parts begin."""
 # Of each content one verdict: where its copies disagree, as their companions may make them, it was flagged.
 _JUDGED = """
     SELECT DISTINCT ON (sha256) sha256, judged_run_id AS run_id, judged_outcome AS outcome, image_id
@@ -99,7 +101,7 @@ def write_contents(earlier: Path, store: Store, prefix: str) -> tuple[Part, ...]
                 continue
             buffer = io.BytesIO()
             pq.write_table(table, buffer, compression="zstd")
-            key = f"{prefix}/contents-{len(parts):05d}.parquet"
+            key = f"{prefix}/{CONTENTS_FILE}{len(parts):05d}.parquet"
             store.write(key, buffer.getvalue())
             parts.append(Part(key=key, sha256=digest(buffer.getvalue()), first=table["sha256"][0].as_py()))
     return tuple(parts)
@@ -128,9 +130,8 @@ def _findings(store: Store, flagged: pa.Table) -> Mapping[str, list[dict[str, An
         wanted = flagged.filter(pc.equal(flagged["run_id"], run_id))["image_id"].combine_chunks()
         record = commit.read_json(store, commit.record_key(run_id))
         for file in commit.files_of("flagged", record["files"]) if record else []:
-            table = pq.read_table(io.BytesIO(store.read(file["path"], file["sha256"])))
-            table = table.filter(pc.is_in(table["image_id"], wanted))
-            for row in table.to_pylist():
-                # A file of version 1 knows no matches.
-                found[row["image_id"]].append({field.name: row.get(field.name) for field in FINDING})
+            body = io.BytesIO(store.read(file["path"], file["sha256"]))
+            rows = pq.read_table(body, schema=FLAGGED, filters=pc.is_in(pc.field("image_id"), wanted))
+            for row in rows.to_pylist():
+                found[row["image_id"]].append({field.name: row[field.name] for field in FINDING})
     return found

@@ -20,14 +20,12 @@ from pipeline.store import Store
 LAST = "last"
 
 
-def find_earlier(
-    store: Store, since: str, source: str, plan_version: str, weights: Mapping[str, str]
-) -> dict[str, Any] | None:
+def find_earlier(store: Store, since: str, source: str, decides: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record that ``since`` means: a run by its name, or for ``last`` the newest one that compares.
 
-    That is a complete run over the same source with the same plan and nets, or None when there is none. A run that is
-    named is taken whatever its plan was. Runs that took up errors listed a few objects only, so none of them compares.
-    Raises UsageError.
+    That is a complete run over the same source by whose record the same ``decides`` (plan, nets, banks), or None when
+    there is none. A run that is named is taken whatever its plan was. Runs that took up errors listed a few objects
+    only, so none of them compares. Raises UsageError.
     """
     if since != LAST:
         record = commit.read_json(store, commit.record_key(since))
@@ -46,8 +44,7 @@ def find_earlier(
         if record is not None
         and record["parent_run_id"] is None
         and scope(record["source"]) == scope(source)
-        and record["plan_version"] == plan_version
-        and record["weights_sha256"] == weights
+        and all(record.get(name, {}) == now for name, now in decides.items())  # older records know no banks
     ]
     return max(comparable, key=lambda record: record["started_at"], default=None)
 
@@ -68,10 +65,7 @@ def write_earlier(store: Store, record: Mapping[str, Any], folder: Path) -> None
 
 def _earlier_rows(body: bytes, run_id: str) -> pa.Table:
     columns = ["image_id", "source_uri", "outcome", "skip_reason", "judged_run_id", "judged_outcome", "sha256"]
-    there = pq.read_schema(io.BytesIO(body)).names  # files of version 1 lack the last three
-    ledger = pq.read_table(io.BytesIO(body), columns=[name for name in columns if name in there])
-    for name in columns[len(ledger.column_names) :]:
-        ledger = ledger.append_column(name, pa.nulls(ledger.num_rows, LEDGER.field(name).type))
+    ledger = pq.read_table(io.BytesIO(body), columns=columns, schema=LEDGER)  # files of version 1 lack the last three
     # What an earlier scan injected itself is no object of the source.
     canary = pc.starts_with(ledger["skip_reason"], "canary").fill_null(False)
     ledger = ledger.filter(pc.invert(canary))

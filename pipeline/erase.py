@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import commit
+from pipeline.contents import CONTENTS_FILE
 from pipeline.errors import RunError, UsageError
 from pipeline.plan import parse_plan
 from pipeline.report import write_report
@@ -142,9 +143,12 @@ def _rewrite(store: Store, run: str, changes: list[Rewritten], subject: Subject)
 
 
 def _parquet(store: Store, run: str) -> list[str]:
-    """Manifests and attempts of a run, those of a start that came to nothing included."""
+    """Manifests and attempts of a run, those of a start that came to nothing included.
+
+    Without the digests of content that the run knew: they name no object.
+    """
     found = store.sizes(commit.state_prefix(run)) | store.sizes(commit.attempts_prefix(run))
-    return [key for key in found if key.endswith(".parquet")]
+    return [key for key in found if key.endswith(".parquet") and not key.rsplit("/", 1)[1].startswith(CONTENTS_FILE)]
 
 
 def _holds(store: Store, key: str, subject: Subject) -> bool:

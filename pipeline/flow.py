@@ -16,6 +16,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.exceptions import ExecutionTimeoutError
 
+from pipeline.bank import Banks
 from pipeline.contents import Contents
 from pipeline.decode import Decoder
 from pipeline.errors import RunError
@@ -49,6 +50,8 @@ class Destination:
     models: dict[str, tuple[str, str]]
     contents: Contents | None = None
     """What earlier runs have judged."""
+    banks: Banks | None = None
+    """What is flagged by its hash, as soon as it is decoded."""
 
 
 def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dict[str, Any]]:
@@ -68,7 +71,8 @@ def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dic
     for stage in plan.stages:
         if stage.name in decode_points(plan):
             name = f"decode:{stage.name}"
-            decoder = watched(name, Decoder, name, stage.input_size, preparation)
+            banks = destination.banks if stage is plan.stages[0] else None
+            decoder = watched(name, Decoder, name, stage.input_size, preparation, banks)
             windows = _apply(windows, WindowsToWindows, preparation.decode, decoder)
         final = stage is plan.stages[-1]
         tester = watched(stage.name, GroupStage, stage, plan.categories, final=final)

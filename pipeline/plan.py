@@ -162,6 +162,21 @@ class Preparation(_Strict):
     write: Pool = Pool(num_cpus=0.1, windows_per_call=4)
 
 
+class BankSpec(_Strict):
+    """A bank of PDQ hashes of known content: what matches one of them is flagged before any net has seen it."""
+
+    name: str
+    file: str
+    """Parquet or CSV with a column ``hash`` (64 hexadecimal digits), local or in S3."""
+    category: str
+    distance: int = Field(default=31, ge=0, le=64)
+    """Bits of 256 by which a match may differ; 31 is the usual one for PDQ."""
+    quality: int = Field(default=50, ge=0, le=100)
+    """Pictures whose hash has less are not matched: flat ones look alike to it."""
+    most: int = Field(default=3, ge=1)
+    """Images of one window that may match one entry. When more do, the entry is reported there, and not obeyed."""
+
+
 class Audit(_Strict):
     """With which probability a cleared image is put into the audit table, for people to look at."""
 
@@ -204,6 +219,7 @@ class Plan(_Strict):
     window: WindowSpec = WindowSpec()
     preparation: Preparation = Preparation()
     stages: tuple[StageSpec, ...] = Field(min_length=1)
+    banks: tuple[BankSpec, ...] = ()
     audit: Audit = Audit()
     certificate: Certificate | None = None
 
@@ -229,6 +245,14 @@ class Plan(_Strict):
                     f"stage {stage.name!r}: burst.first_groups is {stage.burst.first_groups}, but a window has no more "
                     f"than {groups} groups, so none could fall back; look at fewer, or give larger windows"
                 )
+        banks = [bank.name for bank in self.banks]
+        if len(set(banks)) != len(banks) or not all(banks):
+            raise ValueError(f"bank names are {banks}; each bank needs a name of its own")
+        for bank in self.banks:
+            if bank.category not in self.categories:
+                raise ValueError(
+                    f"bank {bank.name!r} is of category {bank.category!r}, but the plan's are {sorted(self.categories)}"
+                )
         certified = set(self.certificate.recall) if self.certificate else set()
         if not certified <= set(self.categories):
             raise ValueError(
@@ -244,12 +268,13 @@ class Plan(_Strict):
         limits = {
             "max_megabytes", "max_megapixels", "max_frames", "fetch_seconds", "decode_seconds", "decode_gigabytes"
         }  # fmt: skip
-        # Plans that were made before there were burst rules keep their version.
+        # Plans that were made before there were burst rules, or banks, keep their version.
         stages = [
             stage.model_dump(mode="json", exclude=speed_only | ({"burst"} if stage.burst is None else set()))
             for stage in self.stages
         ]
-        content = self.model_dump(mode="json", exclude={"preparation", "stages", "audit", "certificate"}) | {
+        without = {"preparation", "stages", "audit", "certificate"} | (set() if self.banks else {"banks"})
+        content = self.model_dump(mode="json", exclude=without) | {
             "limits": self.preparation.model_dump(include=limits),
             "stages": stages,
         }

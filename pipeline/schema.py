@@ -95,6 +95,7 @@ FINDING = pa.struct(
         ("match_bank", pa.string()),
         ("match_distance", pa.int32()),
         ("match_quality", pa.int32()),
+        ("match_entry", pa.string()),
     ]
 )
 
@@ -258,9 +259,10 @@ FLAGGED = pa.schema(
         ("weights_sha256", pa.string()),  # of the deciding stage's net
         ("recommended_action", pa.string()),
         ("judged_run_id", pa.string()),  # the run whose verdict was taken over: null when this run judged the image
-        ("match_bank", pa.string()),  # this and the next two: of a hash match, null when a net decided
+        ("match_bank", pa.string()),  # this and the next three: of a hash match, null when a net decided
         ("match_distance", pa.int32()),  # bits of 256 that differ
         ("match_quality", pa.int32()),  # of the picture's hash, 0 to 100
+        ("match_entry", pa.string()),  # the bank's hash that was matched, 64 hexadecimal digits
     ]
 )
 

@@ -159,7 +159,9 @@ def test_under_a_plan_with_groups_other_companions_are_counted(ray_session, seco
     """Seventy pictures meet others than they would among a thousand: near a threshold that can turn a verdict."""
     nights = Nights(tmp_path, small_plan(tmp_path, QUICK, **WINDOWS))
     differences = compare_nights(nights, *second_night)
-    print(f"\nof {NEW + CHANGED} images tested in the increment, against a full scan: {dict(differences) or 'none differ'}")
+    print(
+        f"\nof {NEW + CHANGED} images tested in the increment, against a full scan: {dict(differences) or 'none differ'}"
+    )
     assert sum(differences.values()) <= 0.3 * (NEW + CHANGED)
 
 
@@ -170,7 +172,9 @@ MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def listed(names: dict[str, str | None]) -> list[dict[str, Any]]:
-    return [{"uri": f"s3://b/{name}", "size_bytes": 1, "etag": etag, "modified_at": MOMENT} for name, etag in names.items()]
+    return [
+        {"uri": f"s3://b/{name}", "size_bytes": 1, "etag": etag, "modified_at": MOMENT} for name, etag in names.items()
+    ]
 
 
 def earlier_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -220,7 +224,9 @@ def test_every_object_is_counted_as_what_it_is(tmp_path_factory, states, images,
     assert manifest.increment == Increment(
         unchanged=count["same"],
         new=count["new"],
-        changed=count["changed"] + count["untold"] - sum(1 for n, s in enumerate(states) if s == "untold" and f"{n}" not in then),
+        changed=count["changed"]
+        + count["untold"]
+        - sum(1 for n, s in enumerate(states) if s == "untold" and f"{n}" not in then),
         unjudged=count["error"],
         deleted=count["deleted"],
         judged_by={"r1": count["same"]} if count["same"] else {},

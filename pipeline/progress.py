@@ -145,6 +145,8 @@ def _taken_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "known content, cleared before", f"{known:,}"
     for what, images in sorted(record.get("taken", {}).items()):
         yield f"{what}, flagged without a test", f"{images:,}"
+    for bank, entries in record.get("ignored_entries", {}).items():
+        yield f"entries of bank {bank} that match too much", f"{len(entries):,}, not obeyed"
 
 
 def _quality_rows(quality: dict[str, Any]) -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ from obstore.exceptions import BaseError
 from PIL import Image as PillowImage
 
 from pipeline import commit, schema
+from pipeline.bank import OPERATOR as MATCH
 from pipeline.codes import CODES
 from pipeline.decode import Decoder
 from pipeline.histogram import PLOT_HEIGHT, PLOT_WIDTH, SCORE_TICKS, Scores, axis_position
@@ -80,6 +81,7 @@ def write_report(
         increment=record.get("increment"),
         known=record.get("skips", {}).get(KNOWN_CONTENT, 0),
         taken=record.get("taken", {}),
+        ignored=record.get("ignored_entries", {}),
         audited=sum(file["rows"] for file in _files(record, "audit")),
         times=list(_times(record)),
         tables=list(schema.TABLES),
@@ -107,19 +109,21 @@ def _funnel(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     operators = {row["operator"]: row for row in record["operators"]}
     if "fetch" in operators:
         yield {"name": "fetch"} | operators["fetch"]
-    for stage in record["stages"]:
+    for number, stage in enumerate(record["stages"]):
         decode = f"decode:{stage['name']}"
         if decode in operators:
             yield {"name": f"decode for {stage['name']}"} | operators[decode]
-        for number, work in enumerate(stage["rounds"]):
-            yield {"name": f"{stage['name']}, round {number + 1}"} | work
+        if number == 0 and MATCH in operators:
+            yield {"name": "hash match"} | operators[MATCH]
+        for round_number, work in enumerate(stage["rounds"]):
+            yield {"name": f"{stage['name']}, round {round_number + 1}"} | work
 
 
 def _times(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row an operator, a stage's rounds together."""
     stages = [{"operator": stage["name"]} | stage for stage in record["stages"]]
     names = {stage["operator"] for stage in stages}
-    rows = [row for row in record["operators"] if row["operator"] not in names] + stages
+    rows = [row for row in record["operators"] if row["operator"] not in names and row["seconds"]] + stages
     whole = sum(row["seconds"] for row in rows) or 1
     for row in rows:
         yield row | {"share": row["seconds"] / whole}

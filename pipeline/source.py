@@ -28,6 +28,7 @@ from botocore.exceptions import ClientError
 
 from pipeline.errors import UsageError
 from pipeline.increment import Increment, count, match, ordered
+from pipeline.inventory import is_report, list_report
 from pipeline.plan import WindowSpec
 from pipeline.schema import MANIFEST
 from pipeline.storage import Location, list_side_by_side, parse_uri, read_object, s3_client
@@ -84,7 +85,9 @@ def image_id(uri: str, etag: str | None) -> str:
 def list_source(source: str, exclude: tuple[str, ...], endpoint_url: str | None) -> Iterator[dict[str, Any]]:
     """Rows (uri, size_bytes, etag, modified_at) of everything in the source. Raises UsageError."""
     location = parse_uri(source)
-    if location.key.endswith((".parquet", ".csv")):
+    if is_report(location):
+        rows = list_report(location, endpoint_url)
+    elif location.key.endswith((".parquet", ".csv")):
         rows = _list_table(location, endpoint_url)
     elif location.bucket is None:
         rows = _list_folder(Path(location.key))

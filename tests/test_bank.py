@@ -1,4 +1,4 @@
-"""Hash matches before any net: what is near a bank's entry is flagged, an entry that matches everything is not obeyed."""
+"""Hash matches before any net: what is near a bank's entry is flagged; one that matches everything is not obeyed."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_banks_are_part_of_what_a_plan_decides():
     with_bank = parse_plan(content(banks=[bank]), "test")
     other = parse_plan(content(banks=[bank | {"distance": 20}]), "test")
     assert len({plain.version, with_bank.version, other.version}) == 3
-    assert load_plan("emblem").version == "d0282c7789cd", "plans that were made before there were banks keep their version"
+    assert load_plan("emblem").version == "d0282c7789cd", "as before there were banks"
     with pytest.raises(UsageError, match="bank 'b' is of category 'nosuch'"):
         parse_plan(content(banks=[bank | {"category": "nosuch"}]), "test")
     with pytest.raises(UsageError, match="each bank needs a name of its own"):

@@ -86,10 +86,10 @@ class Nights:
         defaults = {"source": str(self.source), "output": str(self.output), "plan": str(self.plan), "salt": "s"}
         return run_scan(ScanConfig(**defaults | config))
 
-    def ledger(self, run_id: str) -> dict[str, dict[str, Any]]:
-        (path,) = {path.parent for path in self.output.glob(f"ledger/*/{run_id}-*.parquet")}
-        table = pq.read_table(sorted(path.glob(f"{run_id}-*.parquet")), partitioning=None)
-        return {row["source_uri"].rsplit("/", 1)[1]: row for row in table.to_pylist()}
+    def ledger(self, run_id: str, table: str = "ledger") -> dict[str, dict[str, Any]]:
+        """Rows by the name of their picture."""
+        rows = pq.read_table(sorted(self.output.glob(f"{table}/*/{run_id}-*.parquet")), partitioning=None).to_pylist()
+        return {row["source_uri"].rsplit("/", 1)[1]: row for row in rows}
 
 
 def verdicts(ledger: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -398,11 +398,7 @@ def test_known_content_keeps_its_verdict_under_another_name(ray_session, tmp_pat
     cleared, flagged = mine["again-cleared.jpg"], mine["again-flagged.jpg"]
     assert (cleared["outcome"], cleared["skip_reason"], cleared["judged_run_id"]) == ("skipped", "known content", "one")
     assert (flagged["outcome"], flagged["judged_run_id"], flagged["judged_outcome"]) == ("flagged", "one", "flagged")
-    (row,) = [
-        row
-        for row in pq.read_table(next(nights.output.glob("flagged/*/two-*.parquet")), partitioning=None).to_pylist()
-        if row["source_uri"].endswith("again-flagged.jpg")
-    ]
+    row = nights.ledger("two", "flagged")["again-flagged.jpg"]
     original = old[by_outcome["flagged"]]
     assert (row["score"], row["decided_stage"], row["judged_run_id"]) == (original["score"], "mini", "one")
     assert row["image_id"] == flagged["image_id"] != original["image_id"] and row["stages"][0]["stage"] == "mini"

@@ -108,18 +108,24 @@ def write_contents(earlier: Path, store: Store, prefix: str) -> tuple[Part, ...]
 
 
 def _batches(relation: duckdb.DuckDBPyRelation) -> Iterator[pa.Table]:
+    """``PART_ROWS`` at a time: DuckDB's own batches may be smaller."""
+    waiting: list[pa.RecordBatch] = []
     for batch in relation.to_arrow_reader(PART_ROWS):
-        yield pa.Table.from_batches([batch])
+        waiting.append(batch)
+        if sum(len(part) for part in waiting) >= PART_ROWS:
+            yield pa.Table.from_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.Table.from_batches(waiting)
 
 
 def _with_findings(rows: pa.Table, store: Store) -> pa.Table:
     """Without flagged content whose findings nobody has any more: that is tested again."""
     is_flagged = pc.equal(rows["outcome"], "flagged")
     found = _findings(store, rows.filter(is_flagged))
-    findings = [found.get(image_id) for image_id in rows["image_id"].to_pylist()]
-    table = pa.table(
-        [rows["sha256"], rows["run_id"], rows["outcome"], pa.array(findings, pa.list_(FINDING))], schema=CONTENTS
-    )
+    place = pc.index_in(rows["image_id"], pa.array(list(found), pa.string()))
+    findings = pa.array(list(found.values()), pa.list_(FINDING)).take(place)
+    table = pa.table([rows["sha256"], rows["run_id"], rows["outcome"], findings], schema=CONTENTS)
     return table.filter(pc.or_(pc.invert(is_flagged), pc.is_valid(table["findings"])))
 
 

@@ -137,7 +137,7 @@ def test_the_second_night_tests_what_is_new_or_changed(ray_session, second_night
     assert compare_nights(nights, *second_night) == Counter()
 
     # A third night on which nothing has changed needs no Ray; verdicts are still the first night's.
-    idle = nights.scan(second_night[1], run_id="three", since="last")
+    idle = nights.scan(second_night[1], run_id="three", since="two")
     assert idle["increment"]["run_id"] == "two" and idle["increment"]["unchanged"] == idle["counts"]["listed"]
     assert idle["operators"] == [] and idle["relative_cost"] is None
     assert idle["increment"]["judged_by"] == {"one": LISTED - CHANGED - DELETED, "two": NEW + CHANGED}

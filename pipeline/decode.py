@@ -80,6 +80,10 @@ class Decoder:
                 self.banks.match(window, self.hashes)
         return windows
 
+    def start(self) -> None:
+        """Has the child ready before the first file, so that its start is on no batch's account. Raises EOFError."""
+        self._fresh_enough().wait_until_ready()
+
     def _decode(self, image: Image) -> np.ndarray | None:
         """Pixels (side, side, 3), or None when the image has become an error."""
         assert image.payload is not None

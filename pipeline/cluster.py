@@ -57,9 +57,7 @@ def ray_session(pools: Sequence[Pool], what: str, row_bytes: int = 0) -> Iterato
 def _check_resources(pools: Sequence[Pool], what: str, patience: float = 0) -> None:
     """Pools whose minimum does not fit would make Ray wait for ever; a cluster is given time to grow."""
     if patience:
-        request_resources(
-            bundles=[pool.needs for pool in pools for _ in range(pool.actors.min)]
-        )
+        request_resources(bundles=[pool.needs for pool in pools for _ in range(pool.actors.min)])
     deadline = time.monotonic() + patience
     while lacking := _lacking(pools):
         if time.monotonic() >= deadline:

@@ -117,7 +117,7 @@ def read_pictures(uris: list[str], side: int, endpoint_url: str | None, pool: Po
     _configure()
     starts = range(0, len(uris), PICTURES_PER_ROW)
     chunks = pa.table({"first": list(starts), "uris": [uris[start : start + PICTURES_PER_ROW] for start in starts]})
-    reader = (PictureReader, (side, endpoint_url), {})
+    reader: tuple = (PictureReader, (side, endpoint_url), {})
     yield from _apply(_source(chunks), "read", UrisToPictures, pool, reader).iter_rows()
 
 

@@ -25,7 +25,8 @@ class GroupScorer:
     """``rows -> rows``: groups of ``schema.SCORING`` to their scores.
 
     ``pixels``: by input size a file of uint8 (N, S, S, 3), which the actor opens for itself. Nets are loaded when
-    they are first asked for, and stay. ``gpu_kind``: the device, without one the CPU. Raises RunError when it is missing.
+    they are first asked for, and stay. ``gpu_kind``: the device, without one the CPU.
+    Raises RunError when it is missing.
     """
 
     def __init__(self, pixels: Mapping[int, str], categories: tuple[str, ...], gpu_kind: str | None) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image as Pillow
 
 from tests.conftest import QUICK, small_plan
@@ -96,11 +97,13 @@ def plan_for_two_kinds(folder: Path, last_size: int) -> Path:
     return small_plan(folder, content)
 
 
-def start(nodes: Nodes, source: Path, output: Path, plan: Path, shard_size: int = 1000) -> subprocess.Popen:
+def start(
+    nodes: Nodes, source: Path, output: Path, plan: Path, shard_size: int = 1000, device: str = "cpu"
+) -> subprocess.Popen:
     """A driver in a process of its own, so that this one's Ray is left alone; the GPU is a CPU in truth."""
     command = [sys.executable, "-m", "jobs.scan", "--source", str(source), "--output", str(output)]
     command += ["--plan", str(plan), "--run-id", "r", "--salt", "s", "--shard-size", str(shard_size)]
-    environment = os.environ | {"RAY_ADDRESS": nodes.cluster.address, "DORFMAN_DEVICE": "cpu"}
+    environment = os.environ | {"RAY_ADDRESS": nodes.cluster.address, "DORFMAN_DEVICE": device}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -162,6 +165,7 @@ def verdicts(output: Path) -> pa.Table:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # two scans and a minute of waiting
 def test_a_scan_outlives_a_minute_without_any_gpu(nodes, corpus, tmp_path):
     source = tmp_path / "pictures"
     source.mkdir()
@@ -192,3 +196,13 @@ def test_a_scan_outlives_a_minute_without_any_gpu(nodes, corpus, tmp_path):
     assert record["committed_before"] == 0, "one driver saw it through"
     assert nodes.operators()["tree"] == {"gpu"}
     assert verdicts(tmp_path / "out").equals(verdicts(tmp_path / "undisturbed"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so none can be missed")
+def test_a_gpu_that_torch_does_not_see_ends_the_run_in_one_line(nodes, corpus, tmp_path):
+    driver = start(nodes, corpus, tmp_path / "out", plan_for_two_kinds(tmp_path / "plan", 32), device="cuda")
+    _, errors = driver.communicate(timeout=SCAN_SECONDS)
+    assert driver.returncode == 1
+    (line,) = [line for line in errors.splitlines() if "run 'r' failed" in line]
+    assert "stage 'first' asks for GPUs, but torch finds no cuda device on " in line and "DORFMAN_DEVICE" in line

@@ -6,8 +6,8 @@ import copy
 import re
 import shlex
 import subprocess
+from collections import Counter
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import pytest
 import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
-from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint
 
 from jobs.cli import parse
 from jobs.scan import JobConfig
@@ -137,7 +139,7 @@ def test_nights_do_not_overlap(job, nightly):
 
 @pytest.mark.parametrize(("state", "created", "code"), [("Complete", 0, 0), ("Failed", 0, 1), ("Complete", 1, 0)])
 def test_the_night_runs_the_scan_of_the_day_and_ends_as_it_does(job, nightly, tmp_path, state, created, code):
-    """Its own shell script, with a kubectl that notes what it is given. ``created``: 1 when the scan is there already."""
+    """Its own shell script, with a kubectl that notes what it is given. ``created``: 1 when there is one."""
     (tmp_path / "kubectl").write_text(
         f'#!/bin/sh\nif [ "$1" = create ]; then cat > {tmp_path}/created; exit {created}; fi\necho {state}\n'
     )
@@ -182,7 +184,8 @@ def test_every_container_states_what_it_takes_and_may_take(job, nightly):
     for group in cluster["workerGroupSpecs"]:
         # Ray believes what it is told: more CPUs than the pod may use would be slow, not refused.
         assert (
-            group["rayStartParams"]["num-cpus"] == group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
+            group["rayStartParams"]["num-cpus"]
+            == group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
         )
         assert group["replicas"] == group["minReplicas"] == 0 < group["maxReplicas"]
 
@@ -198,11 +201,19 @@ def aws() -> dict[str, Any]:
     return prepare_config(yaml.safe_load((ROOT / "ray_cluster.yaml").read_text()))
 
 
-def started(cluster: dict[str, Any], bundles: list[dict[str, float]]) -> tuple[dict[str, int], list]:
-    """Which nodes Ray's autoscaler adds to a bare head for these demands, and what it finds no node for."""
-    scorer = partial(_default_utilization_scorer, node_availability_summary=NodeAvailabilitySummary({}))
-    head = cluster["head_node_type"]
-    return get_nodes_for(cluster["available_node_types"], {}, head, cluster["max_workers"], bundles, scorer)
+def started(cluster: dict[str, Any], bundles: list[dict[str, float]]) -> tuple[dict[str, int], int]:
+    """Which nodes Ray's autoscaler starts when a job asks for this, from nothing; how many wishes it cannot fulfil."""
+    config = AutoscalingConfig(cluster, skip_content_hash=True)
+    wanted = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(bundle) for bundle in bundles])
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=config.get_node_type_configs(),
+        max_num_nodes=config.get_max_num_nodes(),
+        cluster_resource_constraints=[ClusterResourceConstraint(resource_requests=wanted)],
+    )
+    reply = ResourceDemandScheduler(event_logger=None).schedule(request)
+    nodes = Counter({launch.instance_type: launch.count for launch in reply.to_launch})
+    return dict(nodes - Counter([cluster["head_node_type"]])), len(reply.infeasible_cluster_resource_constraints)
 
 
 def minimum() -> list[dict[str, float]]:
@@ -219,9 +230,9 @@ def test_the_autoscaler_reads_the_groups_as_they_are_meant(job):
 def test_from_zero_the_plan_starts_one_node_of_each_kind_and_fits(job, where, gpu):
     cluster = kuberay(job) if where == "kuberay" else aws()
     nodes, lacking = started(cluster, minimum())
-    assert lacking == [] and nodes == {"cpu": 1, gpu: 1}
-    # What a node does not advertise starts no node, however many are allowed.
-    assert started(cluster, [{"CPU": 1, "encode": 1}]) == ({}, [{"CPU": 1, "encode": 1}])
+    assert lacking == 0 and nodes == {"cpu": 1, gpu: 1}
+    # What no node advertises starts none, however many are allowed.
+    assert started(cluster, [{"CPU": 1, "encode": 1}]) == ({}, 1)
 
 
 @pytest.mark.parametrize("where", ["kuberay", "aws"])
@@ -230,7 +241,9 @@ def test_at_its_largest_the_plan_fills_the_cluster_and_not_more(job, where):
     cluster = kuberay(job) if where == "kuberay" else aws()
     largest = [pool.needs for pool in pools(PLAN) for _ in range(pool.actors.max)]
     room = {
-        kind: sum(node["max_workers"] * node["resources"].get(kind, 0) for node in cluster["available_node_types"].values())
+        kind: sum(
+            node["max_workers"] * node["resources"].get(kind, 0) for node in cluster["available_node_types"].values()
+        )
         for kind in ("GPU", "decode")
     }
     assert sum(needs.get("GPU", 0) for needs in largest) <= room["GPU"]

@@ -22,6 +22,7 @@ from models.cost import gmac_per_test
 from models.weights import load_net
 from pipeline.calibration import highest_keeping
 from pipeline.cluster import ray_session
+from pipeline.device import accelerator
 from pipeline.errors import RunError, UsageError
 from pipeline.examples import UNKNOWN, LabelledPictures, read_known
 from pipeline.fit import read_pixels
@@ -87,6 +88,8 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         check_endpoint(self.endpoint_url)
+        if self.gpu:
+            accelerator()  # or a misspelt one would be found when labels have been read
         if not 0.1 <= self.search_share <= 0.9:
             raise UsageError(f"search share is {self.search_share:g}, but both halves need at least a tenth")
         for name in ("redraws", "passes", "companions"):
@@ -349,7 +352,7 @@ class _Scorer:
 
     def __init__(self, config: CalibrateConfig, categories: tuple[str, ...], pixels: dict[int, str]) -> None:
         self.pool, self.categories = config.pool, categories
-        self.made_of = (pixels, categories, config.gpu)
+        self.made_of = (pixels, categories, accelerator() if config.gpu else None)
 
     def score(self, jobs: Sequence[tuple[Candidate, np.ndarray]]) -> list[np.ndarray]:
         """Scores (G, K) of each candidate for its groups (G, M)."""

@@ -86,7 +86,7 @@ def read_labelled(
 def read_known(
     sources: tuple[str, ...], categories: tuple[str, ...], endpoint_url: str | None = None
 ) -> tuple[list[str], np.ndarray]:
-    """The same as (uris, labels (N, K) of 1, 0 and ``UNKNOWN``), with what several files say of a picture in one row."""
+    """The same as (uris, labels (N, K) of 1, 0 and ``UNKNOWN``), what several files say of a picture in one row."""
     tables = [
         read_labels(source, endpoint_url)
         if source.endswith(".parquet")

@@ -52,7 +52,27 @@ class Pool(_Strict):
     num_cpus: float = Field(default=1.0, ge=0)
     """Of one actor, and so of its threads and child processes."""
     num_gpus: float = Field(default=0.0, ge=0)
+    """Of one actor. Pools that take fractions share a GPU and its memory."""
+    resources: dict[str, float] = {}
+    """Of one actor, by names that some nodes advertise: says on which of them it may run."""
     windows_per_call: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check_needs(self) -> Pool:
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"num_gpus is {self.num_gpus:g}, but an actor has a fraction of one GPU or whole ones")
+        for name, amount in self.resources.items():
+            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+                raise ValueError(f"resources name {name!r}, which Ray counts itself; set num_cpus or num_gpus")
+            if amount <= 0:
+                raise ValueError(f"resources: {name} is {amount:g}; give more than 0, or leave it out")
+        return self
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What Ray must have free on one node for an actor, by Ray's names; nothing that is zero."""
+        needs = {"CPU": self.num_cpus, "GPU": self.num_gpus} | self.resources
+        return {kind: amount for kind, amount in needs.items() if amount}
 
 
 class BurstRule(_Strict):

@@ -21,6 +21,7 @@ from torch import Tensor
 from models.cost import embedding_gmac, gmac_per_test
 from models.group_net import GroupNet, Kept
 from models.weights import load_net
+from pipeline.device import accelerator, open_device
 from pipeline.errors import RunError
 from pipeline.groups import Group, form_groups, slots
 from pipeline.layout import padded
@@ -36,7 +37,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class GroupStage:
     """``windows -> windows``. Clears what it finds negative; the final stage flags what it finds positive."""
 
-    def __init__(self, spec: StageSpec, categories: tuple[str, ...], *, final: bool) -> None:
+    def __init__(
+        self, spec: StageSpec, categories: tuple[str, ...], *, final: bool, gpu_kind: str | None = None
+    ) -> None:
+        """``gpu_kind``: the device of a stage with GPUs, as told by the driver. Raises RunError when there is none."""
         self.spec = spec
         self.final = final
         self.net, card = load_net(spec.model)
@@ -55,12 +59,14 @@ class GroupStage:
             self.regroup_gmac = self.gmac[0] - spec.rounds[0] * embedding_gmac(self.net, spec.input_size)
         # Halved whenever the device runs out of memory.
         self.batch_images = spec.batch_images
-        self.device = torch.device("cuda" if spec.num_gpus else "cpu")
+        self.device = torch.device("cpu")
+        if spec.num_gpus:
+            self.device = open_device(gpu_kind or accelerator(), f"stage {spec.name!r}")
         self.dtype = DTYPES[spec.dtype]
         # float32 means float32: TF32 would move scores by more than a change of batch does.
         torch.backends.cudnn.allow_tf32 = False
         self.net.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if not spec.num_gpus:
+        if self.device.type == "cpu":
             torch.set_num_threads(max(1, round(spec.num_cpus)))
 
     def __call__(self, windows: list[Window]) -> list[Window]:

@@ -20,13 +20,13 @@ import pyarrow as pa
 
 from models.cost import gmac_per_test
 from models.weights import load_net
+from pipeline import flow
 from pipeline.calibration import highest_keeping
 from pipeline.cluster import ray_session
 from pipeline.device import accelerator
 from pipeline.errors import RunError, UsageError
 from pipeline.examples import UNKNOWN, LabelledPictures, read_known
 from pipeline.fit import read_pixels
-from pipeline.flow import read_pictures, score_rows
 from pipeline.machine import describe_machine, describe_versions
 from pipeline.plan import Actors, Pool
 from pipeline.preflight import check_output
@@ -107,7 +107,7 @@ class CalibrateConfig:
 def calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> Scores:
     """Raises UsageError on labels or nets that cannot be calibrated with, RunError when scoring fails."""
     categories, candidates = find_candidates(config.models, config.categories)
-    pictures, biased_N = _read(config, categories, say)
+    pictures, biased_N = read_pictures(config, categories, say)
     sides = sorted({candidate.input_size for candidate in candidates})
     violating = int(pictures.labels_NK.any(axis=1).sum())
     say(f"{len(pictures.uris):,} pictures, {violating:,} of them violating, at {sides} pixels")
@@ -192,7 +192,7 @@ def find_candidates(models: Sequence[str], categories: Sequence[str] = ()) -> tu
     return scored, found
 
 
-def _read(
+def read_pictures(
     config: CalibrateConfig, categories: tuple[str, ...], say: Callable[[str], None]
 ) -> tuple[LabelledPictures, np.ndarray]:
     """All pictures once, in an order that means nothing, and which of them are a biased sample.
@@ -213,6 +213,14 @@ def _read(
         )
     if not complete_N.any():
         raise UsageError(f"labels: no picture has a label of each category {list(categories)}; name fewer of them")
+    absent = [
+        name for name, known_N in zip(categories, known_NK[complete_N].T, strict=True) if not (known_N == 1).any()
+    ]
+    if absent:
+        raise UsageError(
+            f"labels: no picture shows {', '.join(absent)}, so nothing can be said of its recall; label some, or name "
+            "the others with --categories"
+        )
     order = np.random.default_rng(config.seed).permutation(np.flatnonzero(complete_N))
     biased_N = np.array([uris[row] not in fair for row in order])
     return LabelledPictures(uris=[uris[row] for row in order], labels_NK=known_NK[order] == 1), biased_N
@@ -383,7 +391,7 @@ class _Scorer:
         ]
 
     def _run(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        return score_rows(pa.Table.from_pylist(rows, SCORING), self.made_of, self.pool)
+        return flow.score_rows(pa.Table.from_pylist(rows, SCORING), self.made_of, self.pool)
 
 
 def _row(job: int, candidate: Candidate, members_GM: np.ndarray | None) -> dict[str, Any]:
@@ -401,7 +409,7 @@ def _time_decoding(config: CalibrateConfig, pictures: LabelledPictures, side: in
     # Violating pictures may be of another kind: the sample is of all.
     uris = pictures.uris[:TIMED_PICTURES]
     batches = []
-    for row in read_pictures(uris, side, config.endpoint_url, config.pool):
+    for row in flow.read_pictures(uris, side, config.endpoint_url, config.pool):
         pictures_read = min(len(uris) - row["first"], len(row["pixels"] or b"") // (3 * side * side))
         batches.append(row["decode_seconds"] / max(1, pictures_read))
     return statistics.median(batches)

@@ -97,7 +97,7 @@ def read_known(
         unknown = set(pc.unique(table["category"]).to_pylist()) - set(categories)
         if unknown:
             raise UsageError(f"labels {source}: categories {sorted(unknown)} are not among {list(categories)}")
-    table = pa.concat_tables([LABELS.empty_table(), *tables]).combine_chunks()
+    table = pa.concat_tables([LABELS.empty_table(), *tables])
     names = pc.unique(table["uri"])
     rows = pc.index_in(table["uri"], names).to_numpy()
     columns = pc.index_in(table["category"], pa.array(categories, pa.string())).to_numpy()
@@ -107,9 +107,11 @@ def read_known(
     both = known_NK[rows, columns] != said
     if both.any():
         row = int(np.argmax(both))
-        source = sources[int(np.searchsorted(np.cumsum([len(table) for table in tables]), row, side="right"))]
+        ends = np.cumsum([len(table) for table in tables])
+        same = np.flatnonzero((rows == rows[row]) & (columns == columns[row]))
+        where = sorted({sources[int(np.searchsorted(ends, place, side="right"))] for place in same})
         raise UsageError(
-            f"labels {source}: {names[int(rows[row])]} is labelled both with and without category "
+            f"labels {', '.join(where)}: {names[int(rows[row])]} is labelled both with and without category "
             f"{categories[int(columns[row])]!r}, and {int(both.sum()) - 1} more are so: remove one of the labels"
         )
     return names.to_pylist(), known_NK

@@ -103,6 +103,11 @@ class ScanConfig:
                 raise UsageError(f"run id {run_id!r} may hold letters, digits, '.', '_' and '-' only, up to 100")
 
 
+def new_run_id() -> str:
+    """Date and time, which sort, and a few random digits for runs that are started in the same second."""
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
+
+
 def run_scan(config: ScanConfig) -> dict[str, Any]:
     """Runs or resumes a scan and returns its run record.
 
@@ -122,7 +127,7 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
         if config.source:
             check_apart(config.source, config.output)
         check_output(store)
-        run_id = config.run_id or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
+        run_id = config.run_id or new_run_id()
         labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
         canaries = read_canaries(config.canaries, plan.categories, config.endpoint_url) if config.canaries else None
         # The record first: of a complete run the state may have been removed.

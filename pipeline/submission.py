@@ -69,6 +69,7 @@ def scan_job(config: ScanConfig, arguments: Sequence[str], run_id: str) -> Job:
     files = [file for file in (config.labels, config.canaries) if file and "://" not in file]
     files += [config.source] if Path(config.source).is_file() else []
     files += [config.plan] if config.plan.endswith((".yaml", ".yml")) else []
+    files += [bank.file for bank in plan.banks if "://" not in bank.file]
     for stage in plan.stages:
         if stage.model.endswith((".json", ".safetensors")):
             files += [str(Path(stage.model).with_suffix(suffix)) for suffix in (".json", ".safetensors")]

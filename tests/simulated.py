@@ -8,8 +8,11 @@ every doubling of the group, and what the companions blur: each of them in its o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from pipeline.calibrate import CalibrateConfig, screen_thresholds
 from pipeline.calibration import Prevalence
@@ -163,3 +166,8 @@ class Truth:
             found_BGK = to_logits(self.world.score(step, self.evidence, image_BL))
             passed_BK &= found_BGK[np.arange(hosts), place_B // step.size] >= thresholds_K
         return [float(passed_BK[own_B, k].mean()) for k, own_B in enumerate(self.labels_HK.T)]
+
+
+def one_thread_each(processes: int) -> ProcessPoolExecutor:
+    """Products this small are slower on two threads than on one."""
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=threadpool_limits, initargs=(1,))

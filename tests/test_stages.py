@@ -372,3 +372,29 @@ def stage_embedding(stage: GroupStage) -> float:
 def test_two_groupings_are_one_round(model):
     with pytest.raises(ValueError, match="two groupings are one round"):
         spec(model, groupings=2)
+
+
+def test_a_survivor_is_not_computed_as_a_full_batch(model, monkeypatch):
+    """Device batches have a few shapes: full, or the smallest power of two that holds what is left."""
+    stage = GroupStage(spec(model, rounds=(1,), thresholds={"a": [0.5], "b": [0.5]}), ("a", "b"), final=True)
+    computed: list[int] = []
+    test = stage.net.test
+
+    def counted(images_NCHW, present_N, size):
+        computed.append(len(images_NCHW))
+        return test(images_NCHW, present_N, size)
+
+    monkeypatch.setattr(stage.net, "test", counted)
+    for images in (1, 3, 32, 70):
+        stage([window(images)])
+    assert computed == [1, 4, 32, 32, 32, 8]
+
+    # Retests likewise: of 40 images in two full batches and a half, one group of sixteen is positive.
+    stage = GroupStage(spec(model, thresholds={"a": [0.0, 0.0], "b": [1.0, 1.0]}), ("a", "b"), final=False)
+    retested: list[int] = []
+    retest = stage.net.retest
+    monkeypatch.setattr(
+        stage.net, "retest", lambda units, size: retested.append(len(units) // size) or retest(units, size)
+    )
+    stage([window(16)])
+    assert len(retested) == 1 and retested[0] <= 4

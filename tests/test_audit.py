@@ -551,7 +551,7 @@ def test_canaries_that_are_none_are_refused(scanned, tmp_path):
         pq.write_table(pa.table(table), path)
         with pytest.raises(UsageError, match=words):
             run_scan(config)
-    with pytest.raises(UsageError, match="leave them out with --retry-errors"):
+    with pytest.raises(UsageError, match="--canaries is for a scan of a whole source; leave it out"):
         ScanConfig(retry_errors="r", canaries=str(path))
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -7,11 +7,11 @@
     OUT/_attempts/<run_id>/                  what the sink wrote; read by nobody but this module
     OUT/<table>/scan_date=D/<run_id>-shard-00000.parquet
     OUT/runs/<run_id>/status.json            running or failed, and how far: overwritten as it goes
-    OUT/runs/<run_id>.json                   the run record: created last, and never written again
+    OUT/runs/<run_id>.json                   the run record: created last; only erase.py and compact.py replace it
 
 A marker is created by conditional PUT and comes before the files it names: it decides which attempt
 counts, and copying that attempt to its name in the table is a step that any driver may repeat. So a
-table never holds a file that no marker names, and two drivers cannot disagree.
+driver puts no file into a table that no marker names, and two drivers cannot disagree.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ def audit_key(run_id: str) -> str:
 
 def report_key(run_id: str) -> str:
     return f"runs/{run_id}/report.html"
+
+
+def complete_runs(store: Store) -> set[str]:
+    """Ids of the runs that have a record: it is written last, so theirs are the tables that count."""
+    return {key.removeprefix("runs/").removesuffix(".json") for key in store.sizes("runs") if key.count("/") == 1}
 
 
 def files_of(table: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
 from rich.console import Console
 
-from pipeline.errors import RunError, UsageError
+from pipeline.errors import RunError, RunStopped, UsageError
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -29,7 +29,7 @@ def run_command(job: str, commands: Mapping[str, tuple[type, Callable[[Any], Non
 
 
 def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn:
-    """Parses ``sys.argv`` into ``config_type``, runs the job and exits: 0 done, 1 failed, 2 wrong usage.
+    """Parses ``sys.argv`` into ``config_type``, runs the job and exits: 0 done, 1 failed, 2 wrong usage, 4 stopped.
 
     Every field is a flag; ``--config FILE.yaml`` gives values that flags override.
     """
@@ -39,6 +39,8 @@ def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn
         _end(2, f"{job}: {error}")
     except RunError as error:
         _end(1, f"{job}: {error}")
+    except RunStopped as stop:
+        _end(4, f"{job}: {stop}")
     except KeyboardInterrupt:
         _end(1, f"{job}: interrupted")
     sys.exit(0)

@@ -24,7 +24,7 @@ from pipeline.store import Store
 class JobConfig(ScanConfig):
     """Scans the images of a bucket or folder for violating ones and writes tables, a run record and a report.
 
-    Exit codes: 0 complete, 1 the run failed, 2 wrong usage, configuration or no input.
+    Exit codes: 0 complete, 1 the run failed, 2 wrong usage, configuration or no input, 4 stopped at a limit.
     """
 
     demo: bool = False

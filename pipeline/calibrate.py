@@ -20,17 +20,18 @@ import pyarrow as pa
 
 from models.cost import gmac_per_test
 from models.weights import load_net
+from pipeline import flow
 from pipeline.calibration import highest_keeping
 from pipeline.cluster import ray_session
+from pipeline.device import accelerator
 from pipeline.errors import RunError, UsageError
-from pipeline.examples import LabelledPictures, read_labelled
+from pipeline.examples import UNKNOWN, LabelledPictures, read_known
 from pipeline.fit import read_pixels
-from pipeline.flow import read_pictures, score_rows
 from pipeline.machine import describe_machine, describe_versions
 from pipeline.plan import Actors, Pool
 from pipeline.preflight import check_output
 from pipeline.schema import SCORING
-from pipeline.scores import HALVES, Arrangement, Candidate, Scores, scores_bytes
+from pipeline.scores import HALVES, Arrangement, Candidate, Scores, check_halves, scores_bytes
 from pipeline.storage import check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
 
@@ -71,6 +72,9 @@ class CalibrateConfig:
     positives. None: such plans are not looked for."""
     screens: int = 1
     """How many of the cheapest candidates of single images are tried as such."""
+    companions: int = 500
+    """Fewest negatives of a half that companions are drawn from. With few, all positives stand beside the same ones,
+    and what is certified is their recall beside these."""
     cache: Path = Path("out/examples")
     """Folder for decoded pictures; on a cluster all nodes must see it."""
     endpoint_url: str | None = None
@@ -84,9 +88,11 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         check_endpoint(self.endpoint_url)
+        if self.gpu:
+            accelerator()  # or a misspelt one would be found when labels have been read
         if not 0.1 <= self.search_share <= 0.9:
             raise UsageError(f"search share is {self.search_share:g}, but both halves need at least a tenth")
-        for name in ("redraws", "passes"):
+        for name in ("redraws", "passes", "companions"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, but it must be at least 1")
         if not all(0 < recall < 1 for recall in self.screen_recalls):
@@ -101,7 +107,7 @@ class CalibrateConfig:
 def calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> Scores:
     """Raises UsageError on labels or nets that cannot be calibrated with, RunError when scoring fails."""
     categories, candidates = find_candidates(config.models, config.categories)
-    pictures, biased_N = _read(config, categories)
+    pictures, biased_N = read_pictures(config, categories, say)
     sides = sorted({candidate.input_size for candidate in candidates})
     violating = int(pictures.labels_NK.any(axis=1).sum())
     say(f"{len(pictures.uris):,} pictures, {violating:,} of them violating, at {sides} pixels")
@@ -109,33 +115,33 @@ def calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> Scores:
         pixels = {side: str(read_pixels(pictures.uris, side, config.cache, config.endpoint_url)) for side in sides}
         cluster_N = find_versions(np.load(pixels[sides[0]], mmap_mode="r"), pictures)
         half_N = split(cluster_N, pictures.labels_NK, biased_N, config.search_share, config.seed)
+        check_halves(categories, pictures.labels_NK, half_N)
         scorer = _Scorer(config, categories, pixels)
         say(f"timing {len(candidates)} candidates")
         candidates = scorer.time(candidates)
         alone = [candidate for candidate in candidates if candidate.size == 1]
         answers = scorer.score([(candidate, np.arange(len(pictures.uris))[:, None]) for candidate in alone])
-        single = {candidate.name: scores_NK for candidate, scores_NK in zip(alone, answers, strict=True)}
-        arrangements = _arrange(config, candidates, single, pictures.labels_NK, half_N, scorer, say)
+        scores = Scores(
+            categories=categories,
+            candidates={candidate.name: candidate for candidate in candidates},
+            uris=pictures.uris,
+            labels_NK=pictures.labels_NK,
+            half_N=half_N,
+            cluster_N=cluster_N,
+            single={candidate.name: scores_NK for candidate, scores_NK in zip(alone, answers, strict=True)},
+            facts={
+                "labels": config.labels,
+                "search_labels": config.search_labels,
+                "seed": config.seed,
+                "redraws": config.redraws,
+                "machine": describe_machine(),
+                "versions": describe_versions("dorfman", "torch", "ray"),
+            },
+        )
+        # A net whose scores are no numbers has been refused before groups, which take hours, are scored.
+        arrangements = _arrange(config, candidates, scores, scorer, say)
         decode_seconds = {side: _time_decoding(config, pictures, side) for side in sides}
-    return Scores(
-        categories=categories,
-        candidates={candidate.name: candidate for candidate in candidates},
-        uris=pictures.uris,
-        labels_NK=pictures.labels_NK,
-        half_N=half_N,
-        cluster_N=cluster_N,
-        single=single,
-        arrangements=tuple(arrangements),
-        decode_seconds=decode_seconds,
-        facts={
-            "labels": config.labels,
-            "search_labels": config.search_labels,
-            "seed": config.seed,
-            "redraws": config.redraws,
-            "machine": describe_machine(),
-            "versions": describe_versions("dorfman", "torch", "ray"),
-        },
-    )
+    return replace(scores, arrangements=tuple(arrangements), decode_seconds=decode_seconds)
 
 
 def run_calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> Scores:
@@ -156,8 +162,8 @@ def find_candidates(models: Sequence[str], categories: Sequence[str] = ()) -> tu
     scored: tuple[str, ...] = tuple(categories)
     for entry in dict.fromkeys(models):
         name, _, side = entry.partition("@")
-        if side and not side.isdigit():
-            raise UsageError(f"model {entry!r}: write NAME@PIXELS, as in emblem@112")
+        if side and not (side.isdigit() and 16 <= int(side) <= 2048):
+            raise UsageError(f"model {entry!r}: write NAME@PIXELS with 16 to 2048 pixels, as in emblem@112")
         try:
             net, card = load_net(name)
         except ValueError as error:
@@ -186,26 +192,43 @@ def find_candidates(models: Sequence[str], categories: Sequence[str] = ()) -> tu
     return scored, found
 
 
-def _read(config: CalibrateConfig, categories: tuple[str, ...]) -> tuple[LabelledPictures, np.ndarray]:
-    """All pictures once, in an order that means nothing, and which of them are a biased sample."""
-    fair = read_labelled(config.labels, categories, config.endpoint_url)
-    if config.search_labels:
-        biased = read_labelled(config.search_labels, categories, config.endpoint_url)
-    else:
-        biased = LabelledPictures(uris=[], labels_NK=fair.labels_NK[:0])
-    uris, labels_NK = fair.uris + biased.uris, np.concatenate([fair.labels_NK, biased.labels_NK])
-    biased_N = np.arange(len(uris)) >= len(fair.uris)
-    rows: dict[str, int] = {}
-    for row, uri in enumerate(uris):
-        first = rows.setdefault(uri, row)
-        _check_same(uris, labels_NK, first, row)
-    order = np.random.default_rng(config.seed).permutation(list(rows.values()))
-    return LabelledPictures(uris=[uris[row] for row in order], labels_NK=labels_NK[order]), biased_N[order]
+def read_pictures(
+    config: CalibrateConfig, categories: tuple[str, ...], say: Callable[[str], None]
+) -> tuple[LabelledPictures, np.ndarray]:
+    """All pictures once, in an order that means nothing, and which of them are a biased sample.
+
+    What reviews and labels say of one picture is put together. One that nobody has said everything of is left out: it
+    may be violating, and would stand among the companions.
+    """
+    sources = (*config.labels, *config.search_labels)
+    uris, known_NK = read_known(sources, categories, config.endpoint_url)
+    fair = set(read_known(config.labels, categories, config.endpoint_url)[0]) if config.search_labels else set(uris)
+    complete_N = (known_NK != UNKNOWN).all(axis=1)
+    if not complete_N.all():
+        row = int(np.argmin(complete_N))
+        lacking = [name for name, label in zip(categories, known_NK[row], strict=True) if label == UNKNOWN]
+        say(
+            f"{int((~complete_N).sum()):,} of {len(uris):,} pictures are left out, for they lack a label of some "
+            f"category: {uris[row]} of {', '.join(lacking)}; label it 0 or 1, or leave categories out with --categories"
+        )
+    if not complete_N.any():
+        raise UsageError(f"labels: no picture has a label of each category {list(categories)}; name fewer of them")
+    absent = [
+        name for name, known_N in zip(categories, known_NK[complete_N].T, strict=True) if not (known_N == 1).any()
+    ]
+    if absent:
+        raise UsageError(
+            f"labels: no picture shows {', '.join(absent)}, so nothing can be said of its recall; label some, or name "
+            "the others with --categories"
+        )
+    order = np.random.default_rng(config.seed).permutation(np.flatnonzero(complete_N))
+    biased_N = np.array([uris[row] not in fair for row in order])
+    return LabelledPictures(uris=[uris[row] for row in order], labels_NK=known_NK[order] == 1), biased_N
 
 
 def _check_same(uris: list[str], labels_NK: np.ndarray, first: int, row: int) -> None:
     if (labels_NK[first] != labels_NK[row]).any():
-        names = uris[row] if uris[first] == uris[row] else f"{uris[first]} and {uris[row]}, which show the same pixels,"
+        names = f"{uris[first]} and {uris[row]}, which show the same pixels,"
         raise UsageError(
             f"labels: {names} are labelled differently ({labels_NK[first].astype(int).tolist()} and "
             f"{labels_NK[row].astype(int).tolist()}): correct one of them"
@@ -244,12 +267,11 @@ def split(
 def _arrange(
     config: CalibrateConfig,
     candidates: Sequence[Candidate],
-    single: dict[str, np.ndarray],
-    labels_NK: np.ndarray,
-    half_N: np.ndarray,
+    alone: Scores,
     scorer: _Scorer,
     say: Callable[[str], None],
 ) -> list[Arrangement]:
+    labels_NK, half_N, single = alone.labels_NK, alone.half_N, alone.single
     groups = [candidate for candidate in candidates if candidate.size > 1]
     if not groups:
         return []
@@ -267,14 +289,15 @@ def _arrange(
     for name, thresholds, there_N in wanted:
         try:
             image_BL = draw_blocks(
-                np.any(labels_NK, axis=1), half_N, there_N, length, config.redraws, config.passes, rng
-            )
+                np.any(labels_NK, axis=1), half_N, there_N, length, config.redraws, config.passes, rng,
+                companions=config.companions,
+            )  # fmt: skip
         except ValueError as error:
-            if name is None:
-                raise UsageError(f"labels: {error}; label more pictures without any category") from error
-            say(f"no groups behind {name}: {error}")
+            say(f"no groups{f' behind {name}' if name else ''}: {error}; label more pictures without any category")
             continue
         drawn.append((name, thresholds, image_BL))
+    if not drawn:
+        return []
     say(f"scoring {sum(len(blocks) for *_, blocks in drawn):,} blocks of {length} with {len(groups)} candidates")
     jobs = [(candidate, blocks.reshape(-1, candidate.size)) for *_, blocks in drawn for candidate in groups]
     answers = iter(scorer.score(jobs))
@@ -307,15 +330,20 @@ def draw_blocks(
     redraws: int,
     passes: int,
     rng: np.random.Generator,
+    *,
+    companions: int = 1,
 ) -> np.ndarray:
     """Blocks (B, L) of one half each: every positive there at a random place among negatives, ``redraws`` times, then
-    the negatives alone in ``passes`` orders. Raises ValueError when a half's negatives do not fill a block."""
+    the negatives alone in ``passes`` orders. Raises ValueError when a half's negatives do not fill a block, or are
+    fewer than ``companions``."""
     blocks = []
     for half, name in enumerate(HALVES):
         hosts = np.flatnonzero(there_N & positive_N & (half_N == half))
         negatives = np.flatnonzero(there_N & ~positive_N & (half_N == half))
         if len(negatives) < length:
             raise ValueError(f"{len(negatives)} negatives of the {name} half do not fill a block of {length}")
+        if len(negatives) < companions:
+            raise ValueError(f"{len(negatives)} negatives of the {name} half are fewer than {companions} companions")
         for _ in range(redraws):
             for host in hosts:
                 block_L = rng.choice(negatives, length, replace=False)
@@ -332,7 +360,7 @@ class _Scorer:
 
     def __init__(self, config: CalibrateConfig, categories: tuple[str, ...], pixels: dict[int, str]) -> None:
         self.pool, self.categories = config.pool, categories
-        self.made_of = (pixels, categories, config.gpu)
+        self.made_of = (pixels, categories, accelerator() if config.gpu else None)
 
     def score(self, jobs: Sequence[tuple[Candidate, np.ndarray]]) -> list[np.ndarray]:
         """Scores (G, K) of each candidate for its groups (G, M)."""
@@ -363,7 +391,7 @@ class _Scorer:
         ]
 
     def _run(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        return score_rows(pa.Table.from_pylist(rows, SCORING), self.made_of, self.pool)
+        return flow.score_rows(pa.Table.from_pylist(rows, SCORING), self.made_of, self.pool)
 
 
 def _row(job: int, candidate: Candidate, members_GM: np.ndarray | None) -> dict[str, Any]:
@@ -381,7 +409,7 @@ def _time_decoding(config: CalibrateConfig, pictures: LabelledPictures, side: in
     # Violating pictures may be of another kind: the sample is of all.
     uris = pictures.uris[:TIMED_PICTURES]
     batches = []
-    for row in read_pictures(uris, side, config.endpoint_url, config.pool):
+    for row in flow.read_pictures(uris, side, config.endpoint_url, config.pool):
         pictures_read = min(len(uris) - row["first"], len(row["pixels"] or b"") // (3 * side * side))
         batches.append(row["decode_seconds"] / max(1, pictures_read))
     return statistics.median(batches)

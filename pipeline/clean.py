@@ -60,7 +60,9 @@ def _referred_to(store: Store, run_id: str, state: list[str]) -> set[str]:
     kept = set()
     frozen = commit.read_frozen(store, run_id)
     if frozen:
-        kept = {shard["key"] for shard in frozen["shards"]}
+        # Older runs knew neither contents nor banks.
+        parts = [*frozen["shards"], *frozen.get("contents", []), *frozen.get("banks", [])]
+        kept = {part["key"] for part in parts}
     for key in state:
         if key.startswith(f"{commit.state_prefix(run_id)}/markers/"):
             marker = commit.read_json(store, key)

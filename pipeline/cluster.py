@@ -57,9 +57,7 @@ def ray_session(pools: Sequence[Pool], what: str, row_bytes: int = 0) -> Iterato
 def _check_resources(pools: Sequence[Pool], what: str, patience: float = 0) -> None:
     """Pools whose minimum does not fit would make Ray wait for ever; a cluster is given time to grow."""
     if patience:
-        request_resources(
-            bundles=[{"CPU": pool.num_cpus, "GPU": pool.num_gpus} for pool in pools for _ in range(pool.actors.min)]
-        )
+        request_resources(bundles=[pool.needs for pool in pools for _ in range(pool.actors.min)])
     deadline = time.monotonic() + patience
     while lacking := _lacking(pools):
         if time.monotonic() >= deadline:
@@ -70,20 +68,26 @@ def _check_resources(pools: Sequence[Pool], what: str, patience: float = 0) -> N
 def _lacking(pools: Sequence[Pool]) -> str:
     """What the pools need and Ray has not, in words; empty when they fit."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for kind, wanted in (("CPU", [pool.num_cpus for pool in pools]), ("GPU", [pool.num_gpus for pool in pools])):
+    for kind in sorted({kind for pool in pools for kind in pool.needs}):
+        wanted = [pool.needs.get(kind, 0) for pool in pools]
+        field, unit = (f"num_{kind.lower()}s", f"{kind}s") if kind in ("CPU", "GPU") else ("resources", repr(kind))
         need = sum(pool.actors.min * amount for pool, amount in zip(pools, wanted, strict=True))
         room = sum(node.get(kind, 0) for node in nodes)
         largest = max((node.get(kind, 0) for node in nodes), default=0)
         if need > room + 1e-9:
             return (
-                f"at least {need:g} {kind}s for its pools, but Ray has {room:g}; lower num_{kind.lower()}s or "
+                f"at least {need:g} {unit} for its pools, but Ray has {room:g}; lower {field} or "
                 "actors.min, or add nodes"
             )
-        if max(wanted, default=0) > largest + 1e-9:
+        if max(wanted) > largest + 1e-9:
             return (
-                f"{max(wanted):g} {kind}s for one actor, but no node has more than {largest:g}; lower "
-                f"num_{kind.lower()}s, or add larger nodes"
+                f"{max(wanted):g} {unit} for one actor, but no node has more than {largest:g}; lower "
+                f"{field}, or add larger nodes"
             )
+    for needs in (pool.needs for pool in pools):
+        if not any(all(node.get(kind, 0) + 1e-9 >= amount for kind, amount in needs.items()) for node in nodes):
+            together = ", ".join(f"{kind}: {amount:g}" for kind, amount in needs.items())
+            return f"one node with {{{together}}} for one actor, but no node has all of it; lower it, or add such nodes"
     return ""
 
 

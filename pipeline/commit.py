@@ -34,6 +34,7 @@ from pipeline.sink import table_bytes
 from pipeline.source import Shard
 from pipeline.store import Store, digest
 from pipeline.tally import Tally
+from pipeline.window import UNCHANGED
 
 READERS = 16
 """Threads that read a shard's attempts: from a distant store one after the other would take minutes."""
@@ -67,9 +68,10 @@ def report_key(run_id: str) -> str:
     return f"runs/{run_id}/report.html"
 
 
-def complete_runs(store: Store) -> set[str]:
-    """Ids of the runs that have a record: it is written last, so theirs are the tables that count."""
-    return {key.removeprefix("runs/").removesuffix(".json") for key in store.sizes("runs") if key.count("/") == 1}
+def complete_runs(store: Store) -> list[str]:
+    """Names of the runs that have a record: it is written last, so theirs are the tables that count."""
+    keys = (key for key in store.sizes("runs") if key.count("/") == 1 and key.endswith(".json"))
+    return sorted(key.removeprefix("runs/").removesuffix(".json") for key in keys)
 
 
 def files_of(table: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -137,15 +139,24 @@ class Ledger:
         self.receipts[shard.index].append(receipt)
         if len(seen | new) < shard.windows:
             return None
-        self._commit(shard, self.receipts.pop(shard.index))
+        self._commit_receipts(shard, self.receipts.pop(shard.index))
         return shard
 
-    def _commit(self, shard: Shard, receipts: list[dict[str, Any]]) -> None:
+    def add_judged(self, shard: Shard) -> None:
+        """Commits a shard that earlier runs have judged: its ledger follows from its manifest."""
         self.check_epoch()
-        tables = {name: self._merge(name, receipts) for name in schema.TABLES}
+        manifest = pq.read_table(io.BytesIO(self.store.read(shard.key, shard.sha256)))
+        self._commit(shard, {"ledger": _unchanged(manifest, self.run_id)}, Tally())
+
+    def _commit_receipts(self, shard: Shard, receipts: list[dict[str, Any]]) -> None:
+        self.check_epoch()
         tally = Tally()
         for receipt in receipts:
             tally.add_work(receipt["work"])
+        self._commit(shard, {name: self._merge(name, receipts) for name in schema.TABLES}, tally)
+
+    def _commit(self, shard: Shard, found: dict[str, pa.Table], tally: Tally) -> None:
+        tables = {name: found.get(name, table.empty_table()) for name, table in schema.TABLES.items()}
         self._reconcile(shard, tables, tally)
         folder = f"{attempts_prefix(self.run_id)}/shard-{shard.index:05d}/merged-{self.epoch:06d}"
         files = [self._write_merged(shard, folder, name, table) for name, table in tables.items()]
@@ -189,6 +200,7 @@ class Ledger:
         tally.add_outcomes(_value_counts(ledger["outcome"]))
         tally.add_errors(_value_counts(ledger["error_code"].drop_null()))
         tally.add_skips(_value_counts(ledger["skip_reason"].drop_null()))
+        tally.add_taken(_taken(ledger, tables["flagged"]))
         assert tally.listed == shard.images
         self._check_outage(shard, tally)
         for outcome, name in (("flagged", "flagged"), ("error", "errors")):
@@ -312,6 +324,26 @@ class Ledger:
 def sweep_attempts(store: Store, run_id: str) -> None:
     """Removes what a complete run was merged from."""
     store.delete(list(store.sizes(attempts_prefix(run_id))))
+
+
+def _unchanged(manifest: pa.Table, run_id: str) -> pa.Table:
+    """Ledger rows of objects whose earlier verdict stands."""
+    rows = manifest.num_rows
+    there = ("image_id", "shard", "ordinal", "sha256", "judged_run_id", "judged_outcome")
+    given = {name: manifest[name] for name in there} | {"source_uri": manifest["uri"]}
+    for name, value in (("run_id", run_id), ("outcome", "skipped"), ("skip_reason", UNCHANGED)):
+        given[name] = pa.repeat(value, rows)
+    columns = [given.get(field.name, pa.nulls(rows, field.type)) for field in schema.LEDGER]
+    return pa.table(columns, schema=schema.LEDGER)
+
+
+def _taken(ledger: pa.Table, flagged: pa.Table) -> dict[str, int]:
+    """Images that were flagged without a test: because of their content, and by the bank that they match."""
+    content = pc.and_(pc.equal(ledger["outcome"], "flagged"), pc.is_valid(ledger["judged_run_id"]))
+    matched = flagged.filter(pc.is_valid(flagged["match_bank"])).group_by(["image_id", "match_bank"]).aggregate([])
+    counts = {f"match {bank}": images for bank, images in _value_counts(matched["match_bank"]).items()}
+    known = pc.sum(content).as_py() or 0
+    return counts | ({"known content": known} if known else {})
 
 
 def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from typing import get_args
 import numpy as np
 
 import pipeline.decode_child
+from pipeline.bank import Banks
 from pipeline.decode_child import READY
 from pipeline.picture import ErrorCode
 from pipeline.plan import Preparation
@@ -38,15 +40,22 @@ HANGING_SECONDS = 240.0
 """What files that hang may cost one call in all; those after them are not even tried. A stalled run ends at 420."""
 MAX_ANSWER_BYTES = 65_536
 MAX_SIDE = 2**31
+PICTURE = (str, int, int, str, int)
+HASH = re.compile(r"([0-9a-f]{64})?")
 
 
 class Decoder:
-    """``windows -> windows``: pixels at one size for every undecided image that has a payload."""
+    """``windows -> windows``: pixels at one size for every undecided image that has a payload.
 
-    def __init__(self, operator: str, side: int, limits: Preparation) -> None:
+    ``banks``: hash matches that decide before any net does.
+    """
+
+    def __init__(self, operator: str, side: int, limits: Preparation, banks: Banks | None = None) -> None:
         self.operator = operator
         self.side = side
         self.limits = limits
+        self.banks = banks
+        self.hashes: dict[int, tuple[str, int]] = {}
         self.child: _Child | None = None
         self.timeouts, self.hung = 0, 0.0
 
@@ -55,6 +64,7 @@ class Decoder:
         for window in windows:
             began = time.perf_counter()
             undecided = window.undecided
+            self.hashes = {}
             decoded = [self._decode(window.images[position]) for position in undecided]
             kept = [pixels for pixels in decoded if pixels is not None]
             window.pixels = np.stack(kept) if kept else None
@@ -66,7 +76,13 @@ class Decoder:
                     seconds=time.perf_counter() - began,
                 )
             )
+            if self.banks:
+                self.banks.match(window, self.hashes)
         return windows
+
+    def start(self) -> None:
+        """Has the child ready before the first file, so that its start is on no batch's account. Raises EOFError."""
+        self._fresh_enough().wait_until_ready()
 
     def _decode(self, image: Image) -> np.ndarray | None:
         """Pixels (side, side, 3), or None when the image has become an error."""
@@ -89,7 +105,9 @@ class Decoder:
             code, detail = answer
             image.fail(code, detail)
             return None
-        image.format, image.width, image.height = answer
+        image.format, image.width, image.height, pdq, quality = answer
+        if pdq:
+            self.hashes[id(image)] = (pdq, quality)
         return pixels
 
     def _ask(self, payload: bytes) -> tuple[list, np.ndarray | None]:
@@ -110,7 +128,7 @@ class Decoder:
         if self.child is not None and self.child.files >= RECYCLED_AFTER:
             self._drop_child()
         if self.child is None:
-            self.child = _Child(self.side, self.limits)
+            self.child = _Child(self.side, self.limits, hashed=self.banks is not None)
         return self.child
 
     def _deadline(self) -> float:
@@ -135,8 +153,8 @@ class _Crash(Exception):
 
 
 class _Child:
-    def __init__(self, side: int, limits: Preparation) -> None:
-        self.side, self.limits = side, limits
+    def __init__(self, side: int, limits: Preparation, *, hashed: bool) -> None:
+        self.side, self.limits, self.hashed = side, limits, hashed
         ours, theirs = socket.socketpair()
         size = side * side * 3
         with tempfile.TemporaryFile() as shared, theirs:
@@ -173,18 +191,20 @@ class _Child:
         """
         self.wait_until_ready()
         self.files += 1
-        request = [self.side, self.limits.max_megapixels * 1_000_000, self.limits.max_frames]
+        request = [self.side, self.limits.max_megapixels * 1_000_000, self.limits.max_frames, self.hashed]
         self.connection.send_bytes(json.dumps(request).encode())
         self.connection.send_bytes(payload)
         if not self.connection.poll(seconds):
             raise TimeoutError
         answer = json.loads(self.connection.recv_bytes(MAX_ANSWER_BYTES))
-        if not isinstance(answer, list) or tuple(map(type, answer)) not in ((str, int, int), (str, str)):
+        if not isinstance(answer, list) or tuple(map(type, answer)) not in (PICTURE, (str, str)):
             raise ValueError(f"the decoder answered {str(answer)[:100]!r}")
         if len(answer) == 2 and answer[0] not in get_args(ErrorCode):
             raise ValueError(f"the decoder answered with the unknown code {answer[0][:100]!r}")
-        if len(answer) == 3 and not all(0 < side < MAX_SIDE for side in answer[1:]):
-            raise ValueError(f"the decoder answered with a picture of {answer[1:]}")
+        if len(answer) > 2 and not all(0 < side < MAX_SIDE for side in answer[1:3]):
+            raise ValueError(f"the decoder answered with a picture of {answer[1:3]}")
+        if len(answer) > 2 and not (HASH.fullmatch(answer[3]) and 0 <= answer[4] <= 100):
+            raise ValueError(f"the decoder answered with the hash {answer[3][:100]!r} of quality {answer[4]}")
         if len(answer) == 2:
             return answer, None
         return answer, np.frombuffer(self.pixels, np.uint8).reshape(self.side, self.side, 3).copy()

@@ -24,24 +24,26 @@ READY = b"ready"
 
 
 def serve(connection: Connection, pixels: mmap.mmap) -> None:
-    """Answers each payload with [format, width, height] or [code, detail] until the parent hangs up.
+    """Answers each payload with [format, width, height, hash, quality] or [code, detail] until the parent hangs up.
 
-    Answers are JSON: the parent must never unpickle what a subverted decoder sends. The first is only that it is there.
+    Without a hash asked for it is empty. Answers are JSON: the parent must never unpickle what a subverted decoder
+    sends. The first is only that it is there.
     """
     connection.send_bytes(READY)
     while True:
         try:
-            side, max_pixels, max_frames = json.loads(connection.recv_bytes())
+            side, max_pixels, max_frames, hashed = json.loads(connection.recv_bytes())
             payload = connection.recv_bytes()
         except EOFError:
             return
         try:
-            picture = decode_picture(payload, side, max_pixels, max_frames)
+            picture = decode_picture(payload, side, max_pixels, max_frames, hashed=hashed)
         except PictureError as error:
             connection.send_bytes(json.dumps([error.code, error.detail]).encode())
             continue
         pixels[: side * side * 3] = picture.pixels.tobytes()
-        connection.send_bytes(json.dumps([picture.format, picture.width, picture.height]).encode())
+        answer = [picture.format, picture.width, picture.height, *(picture.pdq or ("", 0))]
+        connection.send_bytes(json.dumps(answer).encode())
 
 
 def _address_space() -> int:

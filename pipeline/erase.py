@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline import commit
 from pipeline.compact import unnamed_files
+from pipeline.contents import CONTENTS_FILE
 from pipeline.errors import RunError, UsageError
 from pipeline.plan import parse_plan
 from pipeline.report import write_report
@@ -62,7 +63,7 @@ def erase(store: Store, subject: Subject, *, dry_run: bool) -> list[Rewritten]:
     Can be repeated: an erasure that was interrupted is finished by the next. Raises RunError when a table is not
     what its record says.
     """
-    complete = commit.complete_runs(store)
+    complete = set(commit.complete_runs(store))
     for run in sorted({*store.folders("_state"), *store.folders("_attempts")} - complete):
         if any(_holds(store, key, subject) for key in _parquet(store, run)):
             raise UsageError(
@@ -153,9 +154,12 @@ def _changed_meanwhile(run: str) -> RunError:
 
 
 def _parquet(store: Store, run: str) -> list[str]:
-    """Manifests and attempts of a run, those of a start that came to nothing included."""
+    """Manifests and attempts of a run, those of a start that came to nothing included.
+
+    Without the digests of content that the run knew: they name no object.
+    """
     found = store.sizes(commit.state_prefix(run)) | store.sizes(commit.attempts_prefix(run))
-    return [key for key in found if key.endswith(".parquet")]
+    return [key for key in found if key.endswith(".parquet") and not key.rsplit("/", 1)[1].startswith(CONTENTS_FILE)]
 
 
 def _holds(store: Store, key: str, subject: Subject) -> bool:

@@ -1,4 +1,4 @@
-"""The two ways a job ends badly, and their exit codes."""
+"""The ways a job ends other than well, and their exit codes."""
 
 
 class UsageError(ValueError):
@@ -7,6 +7,10 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The run began and could not be completed: exit code 1."""
+
+
+class RunStopped(Exception):
+    """The run stopped where its user had asked it to, and can go on: exit code 4."""
 
 
 class StoreError(OSError):

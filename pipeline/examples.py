@@ -71,36 +71,50 @@ class LabelledPictures:
         return LabelledPictures(uris=uris, labels_NK=self.labels_NK[chosen_N])
 
 
+UNKNOWN = -1
+
+
 def read_labelled(
     sources: tuple[str, ...], categories: tuple[str, ...], endpoint_url: str | None = None
 ) -> LabelledPictures:
-    """Every picture of these labels files (``.parquet``) or folders, a row each."""
-    uris: list[str] = []
-    labels = []
-    for source in sources:
-        if source.endswith(".parquet"):
-            table = read_labels(source, endpoint_url)
-        else:
-            table = label_folder(source, categories, endpoint_url)
+    """Every picture of these labels files (``.parquet``) or folders, once; one that no label calls violating in a
+    category is not. Raises UsageError."""
+    uris, known_NK = read_known(sources, categories, endpoint_url)
+    return LabelledPictures(uris=uris, labels_NK=known_NK == 1)
+
+
+def read_known(
+    sources: tuple[str, ...], categories: tuple[str, ...], endpoint_url: str | None = None
+) -> tuple[list[str], np.ndarray]:
+    """The same as (uris, labels (N, K) of 1, 0 and ``UNKNOWN``), what several files say of a picture in one row."""
+    tables = [
+        read_labels(source, endpoint_url)
+        if source.endswith(".parquet")
+        else label_folder(source, categories, endpoint_url)
+        for source in sources
+    ]
+    for source, table in zip(sources, tables, strict=True):
         unknown = set(pc.unique(table["category"]).to_pylist()) - set(categories)
         if unknown:
             raise UsageError(f"labels {source}: categories {sorted(unknown)} are not among {list(categories)}")
-        names = pc.unique(table["uri"])
-        rows = pc.index_in(table["uri"], names).to_numpy()
-        columns = pc.index_in(table["category"], pa.array(categories)).to_numpy()
-        violating = table["label"].to_numpy() == 1
-        truth = np.zeros((len(names), len(categories)), dtype=bool)
-        truth[rows[violating], columns[violating]] = True
-        both = truth[rows, columns] & ~violating
-        if both.any():
-            row = int(np.argmax(both))
-            raise UsageError(
-                f"labels {source}: {names[int(rows[row])]} is labelled both with and without category "
-                f"{categories[int(columns[row])]!r}, and {int(both.sum()) - 1} more are so: remove one of the labels"
-            )
-        uris += names.to_pylist()
-        labels.append(truth)
-    return LabelledPictures(uris=uris, labels_NK=np.concatenate(labels))
+    table = pa.concat_tables([LABELS.empty_table(), *tables])
+    names = pc.unique(table["uri"])
+    rows = pc.index_in(table["uri"], names).to_numpy()
+    columns = pc.index_in(table["category"], pa.array(categories, pa.string())).to_numpy()
+    said = table["label"].to_numpy()
+    known_NK = np.full((len(names), len(categories)), UNKNOWN, dtype=np.int8)
+    known_NK[rows, columns] = said
+    both = known_NK[rows, columns] != said
+    if both.any():
+        row = int(np.argmax(both))
+        ends = np.cumsum([len(table) for table in tables])
+        same = np.flatnonzero((rows == rows[row]) & (columns == columns[row]))
+        where = sorted({sources[int(np.searchsorted(ends, place, side="right"))] for place in same})
+        raise UsageError(
+            f"labels {', '.join(where)}: {names[int(rows[row])]} is labelled both with and without category "
+            f"{categories[int(columns[row])]!r}, and {int(both.sum()) - 1} more are so: remove one of the labels"
+        )
+    return names.to_pylist(), known_NK
 
 
 def split_off(pictures: LabelledPictures, share: float) -> tuple[LabelledPictures, LabelledPictures]:
@@ -120,6 +134,7 @@ class PictureReader:
         limits = Preparation()
         self.fetcher = Fetcher(None, endpoint_url, limits)
         self.decoder = Decoder("decode", side, limits)
+        self.decoder.start()
 
     def __call__(self, chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows (first, uris) to rows of ``schema.PICTURES``."""

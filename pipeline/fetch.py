@@ -2,6 +2,7 @@
 
 obstore fetches, many requests in flight; boto3 fetches the keys that obstore cannot name, and what only
 it can check. A request that fails for a reason that may pass is sent again until the image's deadline.
+Bytes that an earlier run has judged keep their verdict (``contents.py``).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, 
 from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
 from urllib3.exceptions import HTTPError
 
+from pipeline.contents import Contents
 from pipeline.errors import UsageError
 from pipeline.plan import Preparation
 from pipeline.source import file_etag
@@ -73,11 +75,15 @@ class FetchError(Exception):
 class Fetcher:
     """``refs -> windows``, every image with its payload or with an error.
 
-    ``output``: where the manifest is; None for who brings windows of their own to ``fetch``.
+    ``output``: where the manifest is; None for who brings windows of their own to ``fetch``. ``contents``: what has a
+    verdict already.
     """
 
-    def __init__(self, output: Store | None, endpoint_url: str | None, limits: Preparation) -> None:
+    def __init__(
+        self, output: Store | None, endpoint_url: str | None, limits: Preparation, contents: Contents | None = None
+    ) -> None:
         self.output = output
+        self.contents = contents
         self.endpoint_url = endpoint_url
         self.limits = limits
         self.overdue = 0
@@ -103,6 +109,8 @@ class Fetcher:
         began = time.perf_counter()
         self.overdue = 0
         asyncio.run(self._fetch_all(window.images))
+        for image in window.images:
+            self._recognise(image)
         window.work.append(
             Work(
                 operator=OPERATOR,
@@ -112,6 +120,18 @@ class Fetcher:
             )
         )
         return window
+
+    def _recognise(self, image: Image) -> None:
+        """Names the content, and gives it the verdict that it has already. A canary is there to be tested."""
+        if image.payload is None:
+            return
+        image.sha256 = hashlib.sha256(image.payload).hexdigest()
+        known = self.contents.find(image.sha256) if self.contents and not image.canary else None
+        if known is None:
+            return
+        image.judged_run_id = known.run_id
+        image.findings = list(known.findings) or None
+        image.decide("flagged" if known.findings else "skipped")
 
     async def _fetch_all(self, images: list[Image]) -> None:
         slots = asyncio.Semaphore(self.limits.fetch_concurrency)

@@ -16,7 +16,10 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.exceptions import ExecutionTimeoutError
 
+from pipeline.bank import Banks
+from pipeline.contents import Contents
 from pipeline.decode import Decoder
+from pipeline.device import accelerator
 from pipeline.errors import RunError
 from pipeline.examples import PictureReader
 from pipeline.fetch import Fetcher
@@ -46,6 +49,10 @@ class Destination:
     run_id: str
     salt: str
     models: dict[str, tuple[str, str]]
+    contents: Contents | None = None
+    """What earlier runs have judged."""
+    banks: Banks | None = None
+    """What is flagged by its hash, as soon as it is decoded."""
 
 
 def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dict[str, Any]]:
@@ -60,19 +67,21 @@ def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dic
     def watched(name: str, build: Callable, *args: Any, **options: Any) -> tuple:
         return build, args, options, name, watch
 
-    fetcher = watched("fetch", Fetcher, store, destination.endpoint_url, preparation)
-    windows = _apply(_source(refs), RefsToWindows, preparation.fetch, fetcher)
+    gpu_kind = accelerator()
+    fetcher = watched("fetch", Fetcher, store, destination.endpoint_url, preparation, destination.contents)
+    windows = _apply(_source(refs), "fetch", RefsToWindows, preparation.fetch, fetcher)
     for stage in plan.stages:
         if stage.name in decode_points(plan):
             name = f"decode:{stage.name}"
-            decoder = watched(name, Decoder, name, stage.input_size, preparation)
-            windows = _apply(windows, WindowsToWindows, preparation.decode, decoder)
+            banks = destination.banks if stage is plan.stages[0] else None
+            decoder = watched(name, Decoder, name, stage.input_size, preparation, banks)
+            windows = _apply(windows, name, WindowsToWindows, preparation.decode, decoder)
         final = stage is plan.stages[-1]
-        tester = watched(stage.name, GroupStage, stage, plan.categories, final=final)
-        windows = _apply(windows, WindowsToWindows, stage, tester)
+        tester = watched(stage.name, GroupStage, stage, plan.categories, final=final, gpu_kind=gpu_kind)
+        windows = _apply(windows, stage.name, WindowsToWindows, stage, tester)
     named = (destination.attempts, destination.run_id, plan, destination.models, destination.salt)
     sink = watched("write", Sink, store, *named)
-    receipts = _apply(windows, WindowsToReceipts, preparation.write, sink)
+    receipts = _apply(windows, "write", WindowsToReceipts, preparation.write, sink)
     try:
         yield from receipts.iter_rows()
     except ExecutionTimeoutError as error:
@@ -81,16 +90,18 @@ def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dic
         ) from error
 
 
-def _apply(data: Dataset, adapter: type[Operator], pool: Pool, operator: tuple) -> Dataset:
+def _apply(data: Dataset, name: str, adapter: type[Operator], pool: Pool, operator: tuple) -> Dataset:
     """One operator: an actor pool that calls ``adapter(*operator)`` with batches of rows."""
     return data.map_batches(
-        adapter,
+        # Ray calls actors and metrics after the class: several operators of one name could not be told apart.
+        type(name, (adapter,), {}),
         fn_constructor_args=operator,
         batch_size=pool.windows_per_call,
         batch_format="pyarrow",
         zero_copy_batch=True,
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
+        resources=pool.resources or None,
         compute=ActorPoolStrategy(min_size=pool.actors.min, max_size=pool.actors.max),
     )
 
@@ -113,13 +124,14 @@ def read_pictures(uris: list[str], side: int, endpoint_url: str | None, pool: Po
     _configure()
     starts = range(0, len(uris), PICTURES_PER_ROW)
     chunks = pa.table({"first": list(starts), "uris": [uris[start : start + PICTURES_PER_ROW] for start in starts]})
-    yield from _apply(_source(chunks), UrisToPictures, pool, (PictureReader, (side, endpoint_url), {})).iter_rows()
+    reader: tuple = (PictureReader, (side, endpoint_url), {})
+    yield from _apply(_source(chunks), "read", UrisToPictures, pool, reader).iter_rows()
 
 
 def score_rows(rows: pa.Table, scorer: tuple, pool: Pool) -> Iterator[dict[str, Any]]:
     """Rows of ``schema.SCORING`` with their scores, in no order. ``scorer``: what a ``GroupScorer`` is made of."""
     _configure()
-    yield from _apply(_source(rows), GroupsToScores, pool, (GroupScorer, scorer, {})).iter_rows()
+    yield from _apply(_source(rows), "score", GroupsToScores, pool, (GroupScorer, scorer, {})).iter_rows()
 
 
 def window_refs(store: Store, shards: list[Shard]) -> pa.Table:

@@ -26,6 +26,8 @@ MAX_FRAMES = 1000
 # JPEG is decoded at the smallest eighth that is still this many times the target: at twice, the
 # result is within 0.2 grey levels of a full decode.
 DRAFT_OVERSAMPLING = 2
+# A hash match wants more pixels than small nets: at this side a hash is within 8 bits of that of a full decode.
+HASH_SIDE = 512
 _ORIENTATION_TAG = 0x0112
 # What Pillow's plugins raise on broken files.
 BROKEN_FILE = (
@@ -51,10 +53,17 @@ class Picture:
     format: str
     width: int
     height: int
+    pdq: tuple[str, int] | None = None
+    """The upright picture's PDQ hash, 64 hexadecimal digits, and its quality from 0 to 100; when it was asked for."""
 
 
-def decode_picture(payload: bytes, side: int, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES) -> Picture:
-    """Decodes the first frame, upright, on white where transparent. Raises PictureError."""
+def decode_picture(
+    payload: bytes, side: int, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES, *, hashed: bool = False
+) -> Picture:
+    """Decodes the first frame, upright, on white where transparent; ``hashed``: with its PDQ hash.
+
+    Raises PictureError.
+    """
     if not payload:
         raise PictureError("empty", "the object has no bytes")
     # The header check below is ours; Pillow's own bomb warning would only add noise.
@@ -69,13 +78,13 @@ def decode_picture(payload: bytes, side: int, max_pixels: int = MAX_PIXELS, max_
             frames = getattr(image, "n_frames", 1)
             if frames > max_frames:
                 raise PictureError("too_many_frames", f"{frames:,} frames are over the limit of {max_frames:,}")
-            pixels = _render(image, side)
+            pixels, pdq = _render(image, side, hashed=hashed)
         except MemoryError as error:
             detail = f"{width} x {height} needs more memory than a decoder may take"
             raise PictureError("decode_memory", detail) from error
         except BROKEN_FILE as error:
             raise _broken(error) from error
-    return Picture(pixels=pixels, format=image.format or "", width=width, height=height)
+    return Picture(pixels=pixels, format=image.format or "", width=width, height=height, pdq=pdq)
 
 
 def _open(payload: bytes) -> Image.Image:
@@ -92,16 +101,34 @@ def _broken(error: Exception) -> PictureError:
     return PictureError("truncated" if "truncated" in detail.lower() else "decode_failed", detail)
 
 
-def _render(image: Image.Image, side: int) -> np.ndarray:
+def _render(image: Image.Image, side: int, *, hashed: bool) -> tuple[np.ndarray, tuple[str, int] | None]:
     if image.format == "JPEG":
-        image.draft("RGB" if image.mode != "CMYK" else None, (DRAFT_OVERSAMPLING * side,) * 2)
+        least = max(DRAFT_OVERSAMPLING * side, HASH_SIDE if hashed else 0)
+        image.draft("RGB" if image.mode != "CMYK" else None, (least,) * 2)
     orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    picture = _to_rgb(image)
     # reducing_gap would box-reduce before filtering: faster, but it is what the draft already did.
-    small = _to_rgb(image).resize((side, side), Image.Resampling.BILINEAR)
-    if orientation != 1:
-        small.getexif()[_ORIENTATION_TAG] = orientation
-        small = ImageOps.exif_transpose(small)
-    return np.asarray(small)
+    small = picture.resize((side, side), Image.Resampling.BILINEAR)
+    pixels = np.asarray(_upright(small, orientation))
+    if not hashed:
+        return pixels, None
+    picture.thumbnail((2 * HASH_SIDE,) * 2, Image.Resampling.BILINEAR)
+    return pixels, _pdq(np.asarray(_upright(picture, orientation)))
+
+
+def _upright(picture: Image.Image, orientation: int) -> Image.Image:
+    if orientation == 1:
+        return picture
+    picture.getexif()[_ORIENTATION_TAG] = orientation
+    return ImageOps.exif_transpose(picture)
+
+
+def _pdq(pixels_HW3: np.ndarray) -> tuple[str, int]:
+    # Here: most scans match no bank, and a decoder imports as little as it can.
+    import pdqhash  # noqa: PLC0415
+
+    bits, quality = pdqhash.compute(pixels_HW3)
+    return np.packbits(bits.astype(np.uint8)).tobytes().hex(), int(quality)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -52,7 +52,27 @@ class Pool(_Strict):
     num_cpus: float = Field(default=1.0, ge=0)
     """Of one actor, and so of its threads and child processes."""
     num_gpus: float = Field(default=0.0, ge=0)
+    """Of one actor. Pools that take fractions share a GPU and its memory."""
+    resources: dict[str, float] = {}
+    """Of one actor, by names that some nodes advertise: says on which of them it may run."""
     windows_per_call: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check_needs(self) -> Pool:
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"num_gpus is {self.num_gpus:g}, but an actor has a fraction of one GPU or whole ones")
+        for name, amount in self.resources.items():
+            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+                raise ValueError(f"resources name {name!r}, which Ray counts itself; set num_cpus or num_gpus")
+            if amount <= 0:
+                raise ValueError(f"resources: {name} is {amount:g}; give more than 0, or leave it out")
+        return self
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What Ray must have free on one node for an actor, by Ray's names; nothing that is zero."""
+        needs = {"CPU": self.num_cpus, "GPU": self.num_gpus} | self.resources
+        return {kind: amount for kind, amount in needs.items() if amount}
 
 
 class BurstRule(_Strict):
@@ -162,6 +182,21 @@ class Preparation(_Strict):
     write: Pool = Pool(num_cpus=0.1, windows_per_call=4)
 
 
+class BankSpec(_Strict):
+    """A bank of PDQ hashes of known content: what matches one of them is flagged before any net has seen it."""
+
+    name: str
+    file: str
+    """Parquet or CSV with a column ``hash`` (64 hexadecimal digits), local or in S3."""
+    category: str
+    distance: int = Field(default=31, ge=0, le=64)
+    """Bits of 256 by which a match may differ; 31 is the usual one for PDQ."""
+    quality: int = Field(default=50, ge=0, le=100)
+    """Pictures whose hash has less are not matched: flat ones look alike to it."""
+    most: int = Field(default=3, ge=1)
+    """Images of one window that may match one entry. When more do, the entry is reported there, and not obeyed."""
+
+
 class Audit(_Strict):
     """With which probability a cleared image is put into the audit table, for people to look at."""
 
@@ -204,6 +239,7 @@ class Plan(_Strict):
     window: WindowSpec = WindowSpec()
     preparation: Preparation = Preparation()
     stages: tuple[StageSpec, ...] = Field(min_length=1)
+    banks: tuple[BankSpec, ...] = ()
     audit: Audit = Audit()
     certificate: Certificate | None = None
 
@@ -229,6 +265,14 @@ class Plan(_Strict):
                     f"stage {stage.name!r}: burst.first_groups is {stage.burst.first_groups}, but a window has no more "
                     f"than {groups} groups, so none could fall back; look at fewer, or give larger windows"
                 )
+        banks = [bank.name for bank in self.banks]
+        if len(set(banks)) != len(banks) or not all(banks):
+            raise ValueError(f"bank names are {banks}; each bank needs a name of its own")
+        for bank in self.banks:
+            if bank.category not in self.categories:
+                raise ValueError(
+                    f"bank {bank.name!r} is of category {bank.category!r}, but the plan's are {sorted(self.categories)}"
+                )
         certified = set(self.certificate.recall) if self.certificate else set()
         if not certified <= set(self.categories):
             raise ValueError(
@@ -244,12 +288,13 @@ class Plan(_Strict):
         limits = {
             "max_megabytes", "max_megapixels", "max_frames", "fetch_seconds", "decode_seconds", "decode_gigabytes"
         }  # fmt: skip
-        # Plans that were made before there were burst rules keep their version.
+        # Plans that were made before there were burst rules, or banks, keep their version.
         stages = [
             stage.model_dump(mode="json", exclude=speed_only | ({"burst"} if stage.burst is None else set()))
             for stage in self.stages
         ]
-        content = self.model_dump(mode="json", exclude={"preparation", "stages", "audit", "certificate"}) | {
+        without = {"preparation", "stages", "audit", "certificate"} | (set() if self.banks else {"banks"})
+        content = self.model_dump(mode="json", exclude=without) | {
             "limits": self.preparation.model_dump(include=limits),
             "stages": stages,
         }

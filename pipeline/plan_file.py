@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import yaml
 
 from pipeline.burst import burst_rule
-from pipeline.plan import BurstRule, Certificate, Plan, Pool, Preparation, StageSpec, WindowSpec
+from pipeline.layout import BATCH_IMAGES, windows_per_call
+from pipeline.plan import Actors, BurstRule, Certificate, Plan, Pool, Preparation, StageSpec, WindowSpec
 from pipeline.proposal import Judged, Proposal, Request
 from pipeline.scores import Candidate, Scores, to_scores
 from pipeline.search import Field, Route
 
-WINDOW_IMAGES = 256
-SCREENED_WINDOW_IMAGES = 1024
-"""Where groups are formed of what a screen lets through: few are left of a window, and its last group has holes."""
-BATCH_IMAGES = 64
 FETCH_CPUS = 0.2
 WRITE_CPUS = 0.1
 LEAST_CPUS = 0.15
@@ -32,9 +30,7 @@ def to_plan(scores: Scores, proposal: Proposal, name: str, cpus: float, gpus: fl
     judged, request = proposal.chosen, proposal.request
     stages = list(_stages(judged.route))
     firsts = [judged.route.steps[places[0]] for places in stages]
-    length = math.lcm(*(first.size for first in firsts))
-    images = SCREENED_WINDOW_IMAGES if judged.route.screened else WINDOW_IMAGES
-    window = WindowSpec(images=max(1, images // length) * length)
+    window = WindowSpec(images=judged.route.window_images)
     decode_cpus, stage_cpus = _share_cpus(scores, judged, stages, cpus)
     names = _names(firsts)
     return Plan(
@@ -43,7 +39,7 @@ def to_plan(scores: Scores, proposal: Proposal, name: str, cpus: float, gpus: fl
         window=window,
         preparation=Preparation(
             fetch=Pool(num_cpus=FETCH_CPUS),
-            decode=Pool(num_cpus=decode_cpus),
+            decode=Pool(**_actors(decode_cpus)),
             write=Pool(num_cpus=WRITE_CPUS, windows_per_call=2),
         ),
         stages=tuple(
@@ -57,10 +53,9 @@ def to_plan(scores: Scores, proposal: Proposal, name: str, cpus: float, gpus: fl
                 },
                 input_size=first.input_size,
                 batch_images=max(1, BATCH_IMAGES // first.size) * first.size,
-                num_cpus=1.0 if gpus else stage_cpus[number],
-                num_gpus=round(gpus / len(stages), 2),
-                # Behind a stage few images are left of a window: several windows fill a batch.
-                windows_per_call=1 if number == 0 else 2,
+                **_actors(1.0 if gpus else stage_cpus[number]),
+                num_gpus=_gpu_share(gpus, len(stages)),
+                windows_per_call=windows_per_call(float(judged.spent.reached_S[places[0]]), window.images),
                 burst=_burst(scores, judged, request, window) if number == 0 else None,
             )
             for number, (first, places) in enumerate(zip(firsts, stages, strict=True))
@@ -74,6 +69,19 @@ def to_plan(scores: Scores, proposal: Proposal, name: str, cpus: float, gpus: fl
             positives=dict(zip(scores.categories, proposal.positives_K, strict=True)),
         ),
     )
+
+
+def _actors(cpus: float) -> dict[str, Any]:
+    """A pool that takes so many CPUs: one actor, or as many of one CPU each. A decoder has but one child."""
+    if cpus <= 1:
+        return {"num_cpus": cpus}
+    return {"num_cpus": 1.0, "actors": Actors(max=math.floor(cpus))}
+
+
+def _gpu_share(gpus: float, stages: int) -> float:
+    """Of each stage: a fraction, or whole GPUs, as Ray wants them; together never more than there are."""
+    share = gpus / stages
+    return float(math.floor(share)) if share >= 1 else math.floor(100 * share) / 100
 
 
 def plan_yaml(plan: Plan, header: Sequence[str]) -> str:

@@ -162,7 +162,6 @@ class PlanReport:
     def _steps(self) -> str:
         """What each step sees, removes and costs."""
         chosen = self.proposal.chosen
-        costs_S = chosen.route.costs_S(self.scores, self.proposal.request.cost)
         lines = [
             "| test | images that reach it | share it removes | cost per image of all | thresholds |",
             "| --- " * 5 + "|",
@@ -174,7 +173,7 @@ class PlanReport:
             removed = "" if left is None or reached == 0 else f"{100 * (1 - left / reached):.1f} %"
             kept = ", from kept features" if chosen.route.begins_kept(number) else ""
             thresholds = ", ".join(f"{category} {values[index]:.4g}" for category, values in stage.thresholds.items())
-            cost = reached * costs_S[number]
+            cost = float(chosen.spent.costs_S[number])
             lines.append(f"| {step.name}{kept} | {100 * reached:.2f} % | {removed} | {cost:.4g} | {thresholds} |")
         return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from models.cost import gmac_per_test
 from models.weights import load_net
+from pipeline.device import accelerator
 from pipeline.errors import UsageError
 from pipeline.fetch import Fetcher, WindowRef
 from pipeline.plan import Plan, Preparation
@@ -38,7 +39,12 @@ class Models:
 
 
 def check_models(plan: Plan) -> Models:
-    """Loads every net once, here, so that a missing or unfit one is a clear line and not a dead actor."""
+    """Loads every net once, here, so that a missing or unfit one is a clear line and not a dead actor.
+
+    The device of stages with GPUs is asked for by name only: the driver's own node may have none.
+    """
+    if any(stage.num_gpus for stage in plan.stages):
+        accelerator()
     versions = {}
     try:
         for stage in plan.stages:

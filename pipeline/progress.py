@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +12,9 @@ from rich.live import Live
 from rich.table import Table
 
 from pipeline.plan import Plan
+from pipeline.source import Shard
 from pipeline.tally import Tally, stage_rows
+from pipeline.window import KNOWN_CONTENT
 
 LINE_SECONDS = 15
 
@@ -54,9 +57,12 @@ class Progress:
             self.last_line = time.perf_counter()
             self.console.print(self._line(), highlight=False)
 
-    def committed(self, shard: int, done: int, shards: int) -> None:
+    def committed(self, shard: Shard, done: int, shards: int) -> None:
+        if shard.judged:
+            self.tally.add_outcomes({"skipped": shard.images})
         if not self.live and shards > 1:
-            self.console.print(f"shard {shard} committed ({done} of {shards})", highlight=False)
+            why = f": {shard.images:,} images judged before" if shard.judged else ""
+            self.console.print(f"shard {shard.index} committed ({done} of {shards}){why}", highlight=False)
 
     def _line(self) -> str:
         done = self.before + self.tally.listed
@@ -98,6 +104,8 @@ def closing_table(record: dict[str, Any]) -> Table:
         table.add_row(name, f"{images:,}")
     for code, images in sorted(record["errors"].items()):
         table.add_row(f"  {code}", f"{images:,}")
+    for label, value in _taken_rows(record):
+        table.add_row(label, value)
     canaries = record.get("canaries", {})  # of older records there are none
     if any(canaries.values()):
         table.add_row("canaries", ", ".join(f"{images:,} {how}" for how, images in canaries.items()))
@@ -122,6 +130,23 @@ def closing_table(record: dict[str, Any]) -> Table:
     table.add_row("seconds", f"{record['seconds']:.1f}, of them {record['startup_seconds']:.1f} to the first result")
     table.add_row("images/s", f"{record['images_per_s']:.0f}")
     return table
+
+
+def _taken_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What was not tested because it had been judged before, or because a hash said enough."""
+    increment = record.get("increment")  # older records have none of this
+    if increment:
+        yield (
+            f"since {increment['run_id']}",
+            ", ".join(f"{increment[name]:,} {name}" for name in ("unchanged", "new", "changed", "unjudged", "deleted")),
+        )
+    known = record.get("skips", {}).get(KNOWN_CONTENT, 0)
+    if known:
+        yield "known content, cleared before", f"{known:,}"
+    for what, images in sorted(record.get("taken", {}).items()):
+        yield f"{what}, flagged without a test", f"{images:,}"
+    for bank, entries in record.get("ignored_entries", {}).items():
+        yield f"entries of bank {bank} that match too much", f"{len(entries):,}, not obeyed"
 
 
 def _quality_rows(quality: dict[str, Any]) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,6 +114,13 @@ class Proposal:
 def propose(scores: Scores, request: Request) -> Proposal:
     """Raises UsageError when the labels cannot certify what is asked, or no route keeps the false-positive rate."""
     positives_K = tuple(scores.unique_positives("certify"))
+    negatives = int((~scores.labels_NK.any(axis=1) & scores.half("certify")).sum())
+    if negatives * request.max_fpr < 1:
+        raise UsageError(
+            f"a false-positive rate of at most {request.max_fpr:g} is not seen in {negatives} negatives of the "
+            f"certifying half: label at least {math.ceil(1 / request.max_fpr):,} pictures there that show no category, "
+            "as a random sample, or allow more with --max-fpr"
+        )
     finalists = _finalists(positives_K, request)
     _check_certifiable(scores, positives_K, request)
     confidence = 1 - (1 - request.confidence) / finalists
@@ -134,7 +142,7 @@ def propose(scores: Scores, request: Request) -> Proposal:
         ),
         positives_K=positives_K,
         finalists=finalists,
-        negatives=int((~scores.labels_NK.any(axis=1) & scores.half("certify")).sum()),
+        negatives=negatives,
         runners_up=tuple(found for found in certified + others if found is not chosen),
         individual=_individual(scores, request),
     )

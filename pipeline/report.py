@@ -24,13 +24,14 @@ from obstore.exceptions import BaseError
 from PIL import Image as PillowImage
 
 from pipeline import commit, schema
+from pipeline.bank import OPERATOR as MATCH
 from pipeline.codes import CODES
 from pipeline.decode import Decoder
 from pipeline.histogram import PLOT_HEIGHT, PLOT_WIDTH, SCORE_TICKS, Scores, axis_position
 from pipeline.plan import Plan
 from pipeline.storage import parse_uri, read_object, reason
 from pipeline.store import Store
-from pipeline.window import Image, Window
+from pipeline.window import KNOWN_CONTENT, Image, Window
 
 TOP_FLAGGED = 100
 TOP_COLUMNS = ["image_id", "source_uri", "size_bytes", "category", "score", "threshold", "decided_stage"]
@@ -52,10 +53,12 @@ def write_report(
     scores, best = Scores(plan.stages), schema.FLAGGED.empty_table().select(TOP_COLUMNS)
     for file in _files(record, "ledger"):
         columns = ["decided_stage", "decided_round", "group_score"]
-        scores.add("cleared", _read(store, file, columns, pc.field("outcome") == "cleared"))
+        scores.add("cleared", _read(store, file, schema.LEDGER, columns, pc.field("outcome") == "cleared"))
     for file in _files(record, "flagged"):
-        table = _read(store, file, [*TOP_COLUMNS, "stages"])
-        history = pa.Table.from_struct_array(pc.list_flatten(table["stages"]))
+        table = _read(store, file, schema.FLAGGED, [*TOP_COLUMNS, "stages", "judged_run_id"])
+        # Scores of another run are in that run's report.
+        mine = table.filter(pc.is_null(table["judged_run_id"]))
+        history = pa.Table.from_struct_array(pc.list_flatten(mine["stages"]))
         scores.add("flagged", history.select(["stage", "round", "score"]))
         best = pa.concat_tables([best, table.select(TOP_COLUMNS)])
         best = best.take(pc.select_k_unstable(best, TOP_FLAGGED, TOP_ORDER))
@@ -73,7 +76,12 @@ def write_report(
         plot=(PLOT_WIDTH, PLOT_HEIGHT),
         errors=sorted(record["errors"].items(), key=lambda item: (-item[1], item[0])),
         error_codes={name: code.meaning for name, code in CODES.items()},
-        canaries=record.get("canaries", {}),  # of older records there are none
+        # Older records have none of these.
+        canaries=record.get("canaries", {}),
+        increment=record.get("increment"),
+        known=record.get("skips", {}).get(KNOWN_CONTENT, 0),
+        taken=record.get("taken", {}),
+        ignored=record.get("ignored_entries", {}),
         audited=sum(file["rows"] for file in _files(record, "audit")),
         times=list(_times(record)),
         tables=list(schema.TABLES),
@@ -88,8 +96,12 @@ def _files(record: dict[str, Any], table: str) -> list[dict[str, Any]]:
     return [file for file in commit.files_of(table, record["files"]) if file["rows"]]
 
 
-def _read(store: Store, file: dict[str, Any], columns: list[str], rows: pc.Expression | None = None) -> pa.Table:
-    return pq.read_table(io.BytesIO(store.read(file["path"], file["sha256"])), columns=columns, filters=rows)
+def _read(
+    store: Store, file: dict[str, Any], table: pa.Schema, columns: list[str], rows: pc.Expression | None = None
+) -> pa.Table:
+    """Columns that an older file lacks are null."""
+    body = io.BytesIO(store.read(file["path"], file["sha256"]))
+    return pq.read_table(body, columns=columns, filters=rows, schema=table)
 
 
 def _funnel(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -97,19 +109,21 @@ def _funnel(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     operators = {row["operator"]: row for row in record["operators"]}
     if "fetch" in operators:
         yield {"name": "fetch"} | operators["fetch"]
-    for stage in record["stages"]:
+    for number, stage in enumerate(record["stages"]):
         decode = f"decode:{stage['name']}"
         if decode in operators:
             yield {"name": f"decode for {stage['name']}"} | operators[decode]
-        for number, work in enumerate(stage["rounds"]):
-            yield {"name": f"{stage['name']}, round {number + 1}"} | work
+        if number == 0 and MATCH in operators:
+            yield {"name": "hash match"} | operators[MATCH]
+        for round_number, work in enumerate(stage["rounds"]):
+            yield {"name": f"{stage['name']}, round {round_number + 1}"} | work
 
 
 def _times(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row an operator, a stage's rounds together."""
     stages = [{"operator": stage["name"]} | stage for stage in record["stages"]]
     names = {stage["operator"] for stage in stages}
-    rows = [row for row in record["operators"] if row["operator"] not in names] + stages
+    rows = [row for row in record["operators"] if row["operator"] not in names and row["seconds"]] + stages
     whole = sum(row["seconds"] for row in rows) or 1
     for row in rows:
         yield row | {"share": row["seconds"] / whole}
@@ -162,7 +176,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "percent": _percent, "duration": _duration, "when": _when}
+    environment.filters |= {
+        "number": _number,
+        "percent": _percent,
+        "duration": _duration,
+        "when": _when,
+        "score": _score,
+    }
     return environment
 
 
@@ -176,6 +196,11 @@ def _visible(value: Any) -> Any:
 def _number(value: float) -> str:
     """Whole numbers and thousands in full, else three digits."""
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:.3g}"
+
+
+def _score(value: float | None) -> str:
+    """Of a hash match there is none."""
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _percent(share: float) -> str:

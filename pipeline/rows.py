@@ -6,10 +6,12 @@ A module of its own with few imports: an actor that fetches must not load torch 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
 
+from pipeline.errors import RunError
 from pipeline.schema import PICTURES, RECEIPT, SCORING
 from pipeline.window import windows_from_table, windows_to_table
 
@@ -23,10 +25,21 @@ class Watcher(Protocol):
 
 
 class Operator:
-    """Builds its operator once, in the actor."""
+    """Builds its operator once, in the actor.
+
+    What the building refuses with RunError, the first call raises: an actor that fails as it starts makes Ray print
+    tracebacks, and wrap the reason in an error of its own.
+    """
 
     def __init__(self, build: Callable[..., Callable[[list], list]], args: tuple, options: dict[str, Any]) -> None:
-        self.operator = build(*args, **options)
+        try:
+            self.operator = build(*args, **options)
+        except RunError as error:
+            self.operator = partial(_refuse, error)
+
+
+def _refuse(error: RunError, _: list) -> list:
+    raise error
 
 
 class Watched(Operator):

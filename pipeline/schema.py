@@ -41,6 +41,20 @@ MANIFEST = pa.schema(
         ("ordinal", pa.int64()),  # rank in the whole manifest
         ("window", pa.int64()),
         ("shard", pa.int32()),
+        ("judged_run_id", pa.string()),  # this and the next two: of an object whose earlier verdict stands, else null
+        ("judged_outcome", pa.string()),
+        ("sha256", pa.string()),
+    ]
+)
+
+# What the newest comparable run says of each object it listed: tonight's listing is joined with it.
+EARLIER = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("judged_run_id", pa.string()),  # null where nobody has judged it, as after an error
+        ("judged_outcome", pa.string()),  # cleared or flagged
+        ("sha256", pa.string()),
     ]
 )
 
@@ -53,6 +67,45 @@ TEST = pa.struct(
         ("group_size", pa.int32()),  # members present: holes are not counted
         ("scores", pa.list_(pa.float32())),  # by category, in the plan's order
         ("burst", pa.bool_()),  # whether it was made because the window fell back, or of a part of such a group
+    ]
+)
+
+STAGE_HISTORY = pa.struct(
+    [
+        ("stage", pa.string()),
+        ("round", pa.int32()),
+        ("group_id", pa.string()),
+        ("group_size", pa.int32()),
+        ("score", pa.float32()),  # of this row's category
+        ("threshold", pa.float32()),
+        ("model_version", pa.string()),
+    ]
+)
+
+# What flags an image without a test of this run: the part of its flagged row that is not about the object.
+FINDING = pa.struct(
+    [
+        ("category", pa.string()),
+        ("score", pa.float32()),  # this and the next: null when a hash match decided
+        ("threshold", pa.float32()),
+        ("decided_stage", pa.string()),
+        ("stages", pa.list_(STAGE_HISTORY)),
+        ("plan_version", pa.string()),
+        ("weights_sha256", pa.string()),
+        ("match_bank", pa.string()),
+        ("match_distance", pa.int32()),
+        ("match_quality", pa.int32()),
+        ("match_entry", pa.string()),
+    ]
+)
+
+# Content that an earlier run has judged (``contents.py``), in the order of its digests.
+CONTENTS = pa.schema(
+    [
+        ("sha256", pa.string()),
+        ("run_id", pa.string()),  # that judged it
+        ("outcome", pa.string()),  # cleared or flagged
+        ("findings", pa.list_(FINDING)),  # null where it was cleared
     ]
 )
 
@@ -72,6 +125,9 @@ IMAGE = pa.struct(
         ("error_code", pa.string()),  # set exactly when the outcome is error
         ("error_detail", pa.string()),
         ("tests", pa.list_(TEST)),  # in the order they were made
+        ("sha256", pa.string()),  # of the payload; set by fetch
+        ("judged_run_id", pa.string()),  # set by fetch when the same content has a verdict already
+        ("findings", pa.list_(FINDING)),  # what flags it without a test
     ]
 )
 
@@ -164,7 +220,7 @@ LEDGER = pa.schema(
         ("image_id", pa.string()),
         ("source_uri", pa.string()),
         ("outcome", pa.string()),  # cleared, flagged, error or skipped
-        ("decided_stage", pa.string()),  # null for error and skipped, but for a canary found or missed
+        ("decided_stage", pa.string()),  # null for error and skipped, but for a canary found or missed; "match": a bank
         ("decided_round", pa.int32()),
         ("group_id", pa.string()),
         ("group_size", pa.int32()),
@@ -176,20 +232,9 @@ LEDGER = pa.schema(
         ("skip_reason", pa.string()),  # set exactly when the outcome is skipped
         ("shard", pa.int32()),
         ("ordinal", pa.int64()),
-        ("sha256", pa.string()),  # of the bytes that were fetched: null when none were
-        ("judged_run_id", pa.string()),  # the run whose verdict was taken over: null when this run tested the image
-    ]
-)
-
-STAGE_HISTORY = pa.struct(
-    [
-        ("stage", pa.string()),
-        ("round", pa.int32()),
-        ("group_id", pa.string()),
-        ("group_size", pa.int32()),
-        ("score", pa.float32()),  # of this row's category
-        ("threshold", pa.float32()),
-        ("model_version", pa.string()),
+        ("sha256", pa.string()),  # of the object's bytes, by whoever fetched them last: null when nobody did
+        ("judged_run_id", pa.string()),  # the run whose verdict was taken over: null when this run judged the image
+        ("judged_outcome", pa.string()),  # that verdict, cleared or flagged; null with judged_run_id
     ]
 )
 
@@ -213,10 +258,11 @@ FLAGGED = pa.schema(
         ("plan_version", pa.string()),
         ("weights_sha256", pa.string()),  # of the deciding stage's net
         ("recommended_action", pa.string()),
-        ("judged_run_id", pa.string()),  # the run whose verdict was taken over: null when this run tested the image
-        ("match_bank", pa.string()),  # this and the next two: of a hash match, null when a net decided
+        ("judged_run_id", pa.string()),  # the run whose verdict was taken over: null when this run judged the image
+        ("match_bank", pa.string()),  # this and the next three: of a hash match, null when a net decided
         ("match_distance", pa.int32()),  # bits of 256 that differ
         ("match_quality", pa.int32()),  # of the picture's hash, 0 to 100
+        ("match_entry", pa.string()),  # the bank's hash that was matched, 64 hexadecimal digits
     ]
 )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -94,13 +94,7 @@ class Scores:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for category, labels_N in zip(self.categories, self.labels_NK.T, strict=True):
-            for index, half in enumerate(HALVES):
-                if not labels_N[self.half_N == index].any():
-                    raise UsageError(
-                        f"scores: category {category!r} has no positive in the {half} half: nothing can be said of its "
-                        "recall; label more of it, or plan without it"
-                    )
+        check_halves(self.categories, self.labels_NK, self.half_N)
         for name, scores_NK in self.single.items():
             self._check(name, scores_NK, np.arange(len(self.uris))[:, None])
         for arrangement in self.arrangements:
@@ -129,6 +123,17 @@ class Scores:
 
     def half(self, name: str) -> np.ndarray:
         return np.equal(self.half_N, HALVES.index(name))
+
+
+def check_halves(categories: Sequence[str], labels_NK: np.ndarray, half_N: np.ndarray) -> None:
+    """Raises UsageError when a half has no positive of a category."""
+    for category, labels_N in zip(categories, labels_NK.T, strict=True):
+        for index, half in enumerate(HALVES):
+            if not labels_N[half_N == index].any():
+                raise UsageError(
+                    f"labels: category {category!r} has no positive in the {half} half: nothing can be said of its "
+                    "recall; label more of it, or leave it out of --categories"
+                )
 
 
 def to_logits(scores: np.ndarray) -> np.ndarray:
@@ -209,12 +214,13 @@ def read_scores(uri: str, endpoint_url: str | None = None) -> Scores:
     arrangements = []
     for number, screen in enumerate(described["screens"], start=1):
         tests = dict(_tests(table, number, len(described["categories"])))
-        largest = max(tests, key=lambda name: candidates[name].size)
-        members = _select(table, number, largest)["uris"].to_pylist()
+        groups = _select(table, number, next(iter(tests)))
+        blocks = len(groups["block"].unique())
+        members = [row_of[name] for names in groups["uris"].to_pylist() for name in names]
         arrangements.append(
             Arrangement(
-                image_BL=np.array([[row_of[name] for name in names] for names in members], dtype=np.int64),
-                scores={name: found.reshape(len(members), -1, found.shape[1]) for name, found in tests.items()},
+                image_BL=np.array(members, dtype=np.int64).reshape(blocks, -1),
+                scores={name: found.reshape(blocks, -1, found.shape[1]) for name, found in tests.items()},
                 screen=screen["screen"],
                 screen_thresholds=tuple(screen["thresholds"]),
             )

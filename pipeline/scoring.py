@@ -15,6 +15,7 @@ from torch import Tensor
 from models.group_net import GroupNet
 from models.training import score_groups
 from models.weights import load_net
+from pipeline.device import open_device
 
 TIMED_IMAGES = 64
 TIMED_REPEATS = 7
@@ -24,13 +25,14 @@ class GroupScorer:
     """``rows -> rows``: groups of ``schema.SCORING`` to their scores.
 
     ``pixels``: by input size a file of uint8 (N, S, S, 3), which the actor opens for itself. Nets are loaded when
-    they are first asked for, and stay.
+    they are first asked for, and stay. ``gpu_kind``: the device, without one the CPU.
+    Raises RunError when it is missing.
     """
 
-    def __init__(self, pixels: Mapping[int, str], categories: tuple[str, ...], gpu: bool) -> None:
+    def __init__(self, pixels: Mapping[int, str], categories: tuple[str, ...], gpu_kind: str | None) -> None:
         self.pixels = {side: np.load(path, mmap_mode="r") for side, path in pixels.items()}
         self.categories = categories
-        self.device = torch.device("cuda" if gpu else "cpu")
+        self.device = open_device(gpu_kind, "--gpu") if gpu_kind else torch.device("cpu")
         torch.backends.cudnn.allow_tf32 = False
         torch.set_num_threads(1)
         self.net = lru_cache(maxsize=None)(self._load)

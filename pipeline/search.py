@@ -10,6 +10,7 @@ of one block).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from itertools import combinations, pairwise
 import numpy as np
 
 from pipeline.calibration import Prevalence
+from pipeline.layout import SCREENED_WINDOW_IMAGES, WINDOW_IMAGES, holes, padding
 from pipeline.scores import Arrangement, Candidate, Cost, Scores, to_logits
 
 MAX_GROUP_STEPS = 3
@@ -61,6 +63,13 @@ class Route:
     @property
     def size(self) -> int:
         return max(step.size for step in self.steps)
+
+    @property
+    def window_images(self) -> int:
+        """Of the windows that a plan of this route gets: whole groups of every size."""
+        images = SCREENED_WINDOW_IMAGES if self.screened else WINDOW_IMAGES
+        length = math.lcm(*(step.size for step in self.steps))
+        return max(1, images // length) * length
 
     def begins_kept(self, number: int) -> bool:
         """Whether a step starts from features: only those of a larger test of the same net, just before it."""
@@ -120,6 +129,8 @@ class Spent:
     cost: float
     false_positive_rate: float
     reached_S: np.ndarray
+    costs_S: np.ndarray
+    """By step, adding up to ``cost``: of an image of all, holes in groups and, in seconds, padded batches included."""
 
 
 def priced(cost: float, rate: float, max_fpr: float) -> float:
@@ -202,8 +213,9 @@ class Field:
     """One half's places for one route, weighted as they would occur at a prevalence."""
 
     def __init__(self, scores: Scores, route: Route, half: str, prevalence: Prevalence, cost: Cost = "gmac") -> None:
-        self.scores, self.route, self.prevalence = scores, route, prevalence
-        self.costs_S = route.costs_S(scores, cost)
+        self.scores, self.route, self.prevalence, self.unit = scores, route, prevalence, cost
+        self.nets_S = route.nets_S(cost)
+        self.decoding_S = route.costs_S(scores, cost) - self.nets_S
         self.mine_N = scores.half(half)
         self.positive_N: np.ndarray = np.any(scores.labels_NK, axis=1)
         image_BL, logits_BLSK = self._blocks()
@@ -274,16 +286,18 @@ class Field:
         """When violating images are these shares of all, each as likely."""
         size = self.route.size
         entered_Q = shares_Q * self.passing_positives + (1 - shares_Q) * self.passing_negatives
-        among_Q = shares_Q * self.passing_positives / entered_Q
-        hosted_Q = 1 - (1 - among_Q) ** size
-        beside_Q = 1 - (1 - among_Q) ** (size - 1)
+        among_Q = np.minimum(shares_Q * self.passing_positives / entered_Q, 1 - 1e-12)
+        # log1p: rare images must not vanish in rounding.
+        hosted_Q = -np.expm1(size * np.log1p(-among_Q))
+        beside_Q = -np.expm1((size - 1) * np.log1p(-among_Q))
         entered = float(entered_Q.mean())
         hosted = float((entered_Q * hosted_Q).mean())
         return Occurrence(
             entered=entered,
             hosted=hosted / entered,
             beside=float((entered_Q * beside_Q).mean()) / entered,
-            count=float(size * (entered_Q * among_Q).mean()) / hosted,
+            # A share of 0, as a quantile of a rare one may be, hosts nothing.
+            count=float(size * (entered_Q * among_Q).mean()) / hosted if hosted else 1.0,
         )
 
     def _mix(self, images: np.ndarray) -> np.ndarray:
@@ -310,8 +324,24 @@ class Field:
             if self.route.screened:
                 reached_S[0] = 1.0
             rate = self.passing_negatives * ((1 - at.beside) * clean_flagged + at.beside * hosted_flagged)
-            found.append(Spent(cost=float(reached_S @ self.costs_S), false_positive_rate=rate, reached_S=reached_S))
+            costs_S = self._charged(reached_S, at.entered) * self.nets_S + reached_S * self.decoding_S
+            found.append(
+                Spent(cost=float(costs_S.sum()), false_positive_rate=rate, reached_S=reached_S, costs_S=costs_S)
+            )
         return found
+
+    def _charged(self, reached_S: np.ndarray, entered: float) -> np.ndarray:
+        """What is computed of all images in each step: more than those that reach it."""
+        window, charged_S = self.route.window_images, reached_S.copy()
+        at_head = 1.0
+        for number, step in enumerate(self.route.steps):
+            if not self.route.begins_kept(number):
+                at_head = float(reached_S[number])
+            if self.route.screened and step.size > 1:
+                charged_S[number] *= holes(entered, step.size, window)
+            if self.unit == "seconds":
+                charged_S[number] *= padding(float(reached_S[number]), step.size, window, at_head)
+        return charged_S
 
     def recalls(self, thresholds_SK: np.ndarray) -> list[float]:
         """By category, over all draws."""

@@ -112,8 +112,15 @@ class Rows:
             "burst": any(test.burst for test in image.tests) if image.tests else None,
             "shard": shard,
             "ordinal": ordinal,
+            "sha256": image.sha256,
+            "judged_run_id": image.judged_run_id,
         }
-        if image.outcome in ("cleared", "flagged"):
+        if image.judged_run_id is not None:
+            row["judged_outcome"] = "flagged" if image.findings else "cleared"
+        if image.findings:
+            first = image.findings[0]
+            row |= {name: first[name] for name in ("decided_stage", "category", "score")}
+        elif image.outcome in ("cleared", "flagged"):
             # Nothing unseen is ever cleared: an outcome without a test behind it must not exist.
             test = image.tests[-1]
             category = self._nearest_category(test)
@@ -141,12 +148,9 @@ class Rows:
         return self.specs[test.stage].rounds[test.round] == 1
 
     def _flagged(self, image: Image, now: datetime) -> Iterator[dict[str, Any]]:
-        """One row for each category that reached its threshold in the deciding test."""
-        last = image.tests[-1]
-        for index, (category, threshold) in enumerate(zip(self.plan.categories, self._thresholds(last), strict=True)):
-            if last.scores[index] < threshold:
-                continue
-            yield {
+        """One row for each finding."""
+        for finding in image.findings or self._reached(image):
+            yield finding | {
                 "run_id": self.run_id,
                 "image_id": image.image_id,
                 "source_uri": image.uri,
@@ -157,15 +161,24 @@ class Rows:
                 "image_format": image.format,
                 "width": image.width,
                 "height": image.height,
-                "category": category,
-                "score": last.scores[index],
-                "threshold": threshold,
-                "decided_stage": last.stage,
-                "stages": [self._history(test, index) for test in image.tests],
-                "plan_version": self.plan.version,
-                "weights_sha256": self.models[last.stage][1],
                 "recommended_action": DEFAULT_ACTION,
+                "judged_run_id": image.judged_run_id,
             }
+
+    def _reached(self, image: Image) -> Iterator[dict[str, Any]]:
+        """A finding for each category that reached its threshold in the deciding test."""
+        last = image.tests[-1]
+        for index, (category, threshold) in enumerate(zip(self.plan.categories, self._thresholds(last), strict=True)):
+            if last.scores[index] >= threshold:
+                yield {
+                    "category": category,
+                    "score": last.scores[index],
+                    "threshold": threshold,
+                    "decided_stage": last.stage,
+                    "stages": [self._history(test, index) for test in image.tests],
+                    "plan_version": self.plan.version,
+                    "weights_sha256": self.models[last.stage][1],
+                }
 
     def _history(self, test: GroupTest, category: int) -> dict[str, Any]:
         return {

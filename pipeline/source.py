@@ -2,7 +2,8 @@
 
 A listing is streamed to disk, sorted by DuckDB (out of core) by a salted hash of the image ids, and
 cut into windows in that order. Neighbouring keys are alike, and calibration assumes that companions
-are random. Shards are runs of whole windows, so their size never changes a window.
+are random. Shards are runs of whole windows, so their size never changes a window. Objects that an earlier
+run has judged (``increment.py``) come last, in shards of their own: they are not companions of anybody.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import pyarrow.parquet as pq
 from botocore.exceptions import ClientError
 
 from pipeline.errors import UsageError
+from pipeline.increment import Increment, count, match, ordered
+from pipeline.inventory import is_report, list_report
 from pipeline.plan import WindowSpec
 from pipeline.schema import MANIFEST
 from pipeline.storage import Location, list_side_by_side, parse_uri, read_object, s3_client
@@ -54,6 +57,8 @@ class Shard:
     key: str
     sha256: str
     """Of the manifest file."""
+    judged: bool = False
+    """Whether an earlier run has judged all of it, so that nothing is to be tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,8 @@ class Manifest:
     canaries: int
     largest_window_bytes: int
     """As listed."""
+    increment: Increment | None = None
+    """Against an earlier run, when there was one to compare with."""
 
     @property
     def images(self) -> int:
@@ -78,7 +85,9 @@ def image_id(uri: str, etag: str | None) -> str:
 def list_source(source: str, exclude: tuple[str, ...], endpoint_url: str | None) -> Iterator[dict[str, Any]]:
     """Rows (uri, size_bytes, etag, modified_at) of everything in the source. Raises UsageError."""
     location = parse_uri(source)
-    if location.key.endswith((".parquet", ".csv")):
+    if is_report(location):
+        rows = list_report(location, endpoint_url)
+    elif location.key.endswith((".parquet", ".csv")):
         rows = _list_table(location, endpoint_url)
     elif location.bucket is None:
         rows = _list_folder(Path(location.key))
@@ -178,28 +187,52 @@ def _list_table(location: Location, endpoint_url: str | None) -> Iterator[dict[s
 
 
 def build_manifest(
-    rows: Iterable[dict[str, Any]], store: Store, prefix: str, *, salt: str, window: WindowSpec, shard_size: int
+    rows: Iterable[dict[str, Any]],
+    store: Store,
+    prefix: str,
+    *,
+    salt: str,
+    window: WindowSpec,
+    shard_size: int,
+    earlier: Path | None = None,
 ) -> Manifest:
-    """Writes one manifest file per shard below ``prefix``. Zero rows make zero shards."""
+    """Writes one manifest file per shard below ``prefix``. Zero rows make zero shards.
+
+    ``earlier``: a folder of ``schema.EARLIER`` files, what an earlier run says of the objects it listed.
+    """
     with tempfile.TemporaryDirectory(prefix="dorfman-manifest-") as folder:
-        _spool(rows, salt, Path(folder))
+        listed = Path(folder) / "listed"
+        listed.mkdir()
+        _spool(rows, salt, listed)
         writer = _ShardWriter(store, prefix, shard_size)
         duplicates = canaries = 0
         last_id = None
         cutter = _WindowCutter(window)
-        for row in _sorted_rows(Path(folder)):
-            if row["image_id"] == last_id:
-                duplicates += 1
-                continue
-            last_id = row["image_id"]
-            canaries += row["canary"]
-            writer.add(row, cutter.next_window(row["size_bytes"] or 0))
+        increment = None
+        if any(listed.iterdir()):
+            with duckdb.connect(config={"memory_limit": SORT_MEMORY, "temp_directory": f"{folder}/sort"}) as connection:
+                match(connection, listed, earlier)
+                for row in _rows(ordered(connection)):
+                    if row["image_id"] == last_id:
+                        duplicates += 1
+                        continue
+                    last_id = row["image_id"]
+                    canaries += row["canary"]
+                    judged = row["judged_run_id"] is not None
+                    writer.add(row, cutter.next_window(0 if judged else row["size_bytes"] or 0, judged=judged))
+                increment = count(connection) if earlier else None
         return Manifest(
             shards=tuple(writer.close()),
             duplicates=duplicates,
             canaries=canaries,
             largest_window_bytes=cutter.largest_bytes,
+            increment=increment,
         )
+
+
+def _rows(relation: duckdb.DuckDBPyRelation) -> Iterator[dict[str, Any]]:
+    for batch in relation.to_arrow_reader(LISTED_CHUNK):
+        yield from batch.to_pylist()
 
 
 def _spool(rows: Iterable[dict[str, Any]], salt: str, folder: Path) -> None:
@@ -217,15 +250,6 @@ def _spool(rows: Iterable[dict[str, Any]], salt: str, folder: Path) -> None:
         pq.write_table(pa.Table.from_pylist(chunk, LISTED), folder / f"{index:06d}.parquet")
 
 
-def _sorted_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    if not any(folder.iterdir()):
-        return
-    with duckdb.connect(config={"memory_limit": SORT_MEMORY, "temp_directory": str(folder / "sort")}) as connection:
-        query = f"SELECT * FROM '{folder}/*.parquet' ORDER BY rank, image_id, uri"
-        for batch in connection.sql(query).to_arrow_reader(LISTED_CHUNK):
-            yield from batch.to_pylist()
-
-
 def manifest_bytes(rows: pa.Table) -> bytes:
     """A manifest file, in row groups of which a window needs one or two."""
     buffer = io.BytesIO()
@@ -237,14 +261,17 @@ class _WindowCutter:
     def __init__(self, spec: WindowSpec) -> None:
         self.spec = spec
         self.window, self.images, self.bytes = 0, 0, 0
+        self.judged = False
         self.largest_bytes = 0
 
-    def next_window(self, size_bytes: int) -> int:
+    def next_window(self, size_bytes: int, *, judged: bool) -> int:
         """The window of the next image."""
         full = self.images == self.spec.images
         heavy = self.images > 0 and self.bytes + size_bytes > self.spec.megabytes * 1_000_000
-        if full or heavy:
+        other = self.images > 0 and judged != self.judged
+        if full or heavy or other:
             self.window, self.images, self.bytes = self.window + 1, 0, 0
+        self.judged = judged
         self.images += 1
         self.bytes += size_bytes
         self.largest_bytes = max(self.largest_bytes, self.bytes)
@@ -252,7 +279,7 @@ class _WindowCutter:
 
 
 class _ShardWriter:
-    """Collects rows until a window ends at or past the wanted shard size."""
+    """Collects rows until a window ends at or past the wanted shard size, or the judged ones begin."""
 
     def __init__(self, store: Store, prefix: str, shard_size: int) -> None:
         self.store, self.prefix, self.shard_size = store, prefix, shard_size
@@ -261,8 +288,10 @@ class _ShardWriter:
         self.ordinal = 0
 
     def add(self, row: dict[str, Any], window: int) -> None:
-        if len(self.rows) >= self.shard_size and self.rows[-1]["window"] != window:
-            self._flush()
+        if self.rows and self.rows[-1]["window"] != window:
+            full = len(self.rows) >= self.shard_size
+            if full or (self.rows[-1]["judged_run_id"] is None) != (row["judged_run_id"] is None):
+                self._flush()
         del row["rank"]
         self.rows.append(row | {"ordinal": self.ordinal, "window": window, "shard": len(self.shards)})
         self.ordinal += 1
@@ -277,7 +306,13 @@ class _ShardWriter:
         key = f"{self.prefix}/shard-{index:05d}.parquet"
         body = manifest_bytes(pa.Table.from_pylist(self.rows, MANIFEST))
         self.store.write(key, body)
-        windows = self.rows[-1]["window"] - self.rows[0]["window"] + 1
-        shard = Shard(index=index, images=len(self.rows), windows=windows, key=key, sha256=digest(body))
+        shard = Shard(
+            index=index,
+            images=len(self.rows),
+            windows=self.rows[-1]["window"] - self.rows[0]["window"] + 1,
+            key=key,
+            sha256=digest(body),
+            judged=self.rows[-1]["judged_run_id"] is not None,
+        )
         self.shards.append(shard)
         self.rows = []

@@ -21,8 +21,10 @@ from torch import Tensor
 from models.cost import embedding_gmac, gmac_per_test
 from models.group_net import GroupNet, Kept
 from models.weights import load_net
+from pipeline.device import accelerator, open_device
 from pipeline.errors import RunError
 from pipeline.groups import Group, form_groups, slots
+from pipeline.layout import padded
 from pipeline.plan import StageSpec
 from pipeline.window import GroupTest, Window, Work
 
@@ -35,7 +37,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class GroupStage:
     """``windows -> windows``. Clears what it finds negative; the final stage flags what it finds positive."""
 
-    def __init__(self, spec: StageSpec, categories: tuple[str, ...], *, final: bool) -> None:
+    def __init__(
+        self, spec: StageSpec, categories: tuple[str, ...], *, final: bool, gpu_kind: str | None = None
+    ) -> None:
+        """``gpu_kind``: the device of a stage with GPUs, as told by the driver. Raises RunError when there is none."""
         self.spec = spec
         self.final = final
         self.net, card = load_net(spec.model)
@@ -54,12 +59,14 @@ class GroupStage:
             self.regroup_gmac = self.gmac[0] - spec.rounds[0] * embedding_gmac(self.net, spec.input_size)
         # Halved whenever the device runs out of memory.
         self.batch_images = spec.batch_images
-        self.device = torch.device("cuda" if spec.num_gpus else "cpu")
+        self.device = torch.device("cpu")
+        if spec.num_gpus:
+            self.device = open_device(gpu_kind or accelerator(), f"stage {spec.name!r}")
         self.dtype = DTYPES[spec.dtype]
         # float32 means float32: TF32 would move scores by more than a change of batch does.
         torch.backends.cudnn.allow_tf32 = False
         self.net.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if not spec.num_gpus:
+        if self.device.type == "cpu":
             torch.set_num_threads(max(1, round(spec.num_cpus)))
 
     def __call__(self, windows: list[Window]) -> list[Window]:
@@ -196,9 +203,11 @@ class GroupStage:
         logits = [torch.empty(0, self.net.num_categories)]
         width = self._groups_per_batch(size)
         for start in range(0, len(second), width):
-            rows = np.zeros(width * size, dtype=np.int64)
-            present = np.zeros(width * size, dtype=bool)
-            for slot, group, position in slots(second[start : start + width], size):
+            members = second[start : start + width]
+            shape = padded(len(members), width) * size
+            rows = np.zeros(shape, dtype=np.int64)
+            present = np.zeros(shape, dtype=bool)
+            for slot, group, position in slots(members, size):
                 rows[slot] = row_of[id(group.window), position]
                 present[slot] = True
             units_NX = _gather(batches, rows)
@@ -216,22 +225,25 @@ class GroupStage:
         return torch.cat(logits)[: len(groups)], batches
 
     def _retest(self, kept: Kept, size: int) -> Tensor:
-        """Logits (G, K) of a later round, from kept features, in batches of one fixed shape."""
+        """Logits (G, K) of a later round, from kept features."""
         logits = [torch.empty(0, self.net.num_categories)]
         if kept.units:
             width = self._groups_per_batch(size)
             for units_UCHW in kept.units[size].split(width):
-                logits.append(self.net.retest(_pad(units_UCHW, width), size)[: len(units_UCHW)].float().cpu())
+                shape = padded(len(units_UCHW), width)
+                logits.append(self.net.retest(_pad(units_UCHW, shape), size)[: len(units_UCHW)].float().cpu())
         return torch.cat(logits)
 
     def _batches(self, groups: list[Group], size: int, pixel_rows: PixelRows) -> Iterator[tuple[Tensor, Tensor]]:
-        """Device batches of one fixed shape: images (N, 3, S, S) and which are present (N,)."""
+        """Device batches, of few shapes (``layout.py``): images (N, 3, S, S) and which are present (N,)."""
         side = self.spec.input_size
         per_batch = self._groups_per_batch(size)
         for start in range(0, len(groups), per_batch):
-            pixels = np.zeros((per_batch * size, side, side, 3), np.uint8)
-            present = np.zeros(per_batch * size, bool)
-            for slot, group, position in slots(groups[start : start + per_batch], size):
+            members = groups[start : start + per_batch]
+            shape = padded(len(members), per_batch) * size
+            pixels = np.zeros((shape, side, side, 3), np.uint8)
+            present = np.zeros(shape, bool)
+            for slot, group, position in slots(members, size):
                 assert group.window.pixels is not None
                 pixels[slot] = group.window.pixels[pixel_rows[id(group.window)][position]]
                 present[slot] = True

@@ -24,9 +24,10 @@ from pyarrow import fs
 
 from pipeline import commit, schema
 from pipeline.errors import UsageError
+from pipeline.inventory import scope
 from pipeline.storage import parse_uri, reason, region
 from pipeline.store import Store
-from pipeline.window import CANARY_REASONS
+from pipeline.window import CANARY_REASONS, UNCHANGED
 
 SCAN_DATE = pa.field("scan_date", pa.date32())
 """Of every table: the name of its folder, and no column of its files."""
@@ -36,12 +37,13 @@ RUNS = pa.schema(
         ("run_id", pa.string()),
         ("parent_run_id", pa.string()),  # the run whose errors were scanned again: null for a run over a whole source
         ("source", pa.string()),  # as it was given
+        ("scope", pa.string()),  # what the source has in common with that of other nights: of a report all but its date
         ("since", pa.string()),  # what an incremental run went on from: null for a run that looked at everything
         SCAN_DATE,
         ("started_at", schema.TIMESTAMP),
         ("completed_at", schema.TIMESTAMP),
         ("nth", pa.int64()),  # place among the complete runs of the output by start, from 0
-        ("newest", pa.bool_()),  # whether it is its source's newest run over the whole source
+        ("newest", pa.bool_()),  # whether it is its scope's newest run over the whole source
         ("plan", pa.string()),
         ("plan_version", pa.string()),
         ("schema_version", pa.int32()),
@@ -66,18 +68,18 @@ _NEWEST = 1 << 62
 # Canaries are left out: they are in no source.
 _STANDING = f"""
 WITH listed AS (
-    SELECT l.source_uri, l.image_id, l.outcome, l.score, l.error_code, l.skip_reason, l.judged_run_id, l.run_id,
-        l.scan_date, r.source, r.parent_run_id IS NULL AS over_source, {_KEY} AS key,
+    SELECT l.source_uri, l.image_id, l.outcome, l.score, l.error_code, l.skip_reason, l.judged_run_id,
+        l.judged_outcome, l.run_id, l.scan_date, r.scope, r.parent_run_id IS NULL AS over_source, {_KEY} AS key,
         {_KEY} + CASE WHEN r.newest THEN {_NEWEST} ELSE 0 END AS rank
     FROM {{ledger}} l JOIN runs r USING (run_id)
     WHERE coalesce(l.skip_reason NOT IN ({_CANARIES}), true) {{only}}
 ), by_source AS (
-    SELECT source, source_uri, min(scan_date) AS first_seen, max(scan_date) AS last_seen,
+    SELECT scope, source_uri, min(scan_date) AS first_seen, max(scan_date) AS last_seen,
         coalesce(max(rank) FILTER (over_source), max(rank)) AS rank,
         coalesce(max(key) FILTER (over_source), max(key)) AS listed_key,
         max(key) FILTER (over_source AND outcome = 'error') AS error_key,
         max(key) FILTER (NOT over_source AND outcome <> 'error') AS retried_key
-    FROM listed GROUP BY source, source_uri
+    FROM listed GROUP BY scope, source_uri
 ), by_object AS (
     SELECT source_uri, min(first_seen) AS first_seen, max(last_seen) AS last_seen, max(rank) >= {_NEWEST} AS current,
         arg_max(listed_key, rank) AS listed_key,
@@ -90,27 +92,27 @@ WITH listed AS (
     FROM by_object o JOIN listed l ON l.key = o.standing_key
 )"""
 
-_PER_IMAGE = """, followed AS (
+_PER_IMAGE = f""", followed AS (
     SELECT s.key AS standing_key, earlier.*
     FROM standing s JOIN listed earlier
         ON earlier.image_id = s.image_id
         AND (earlier.run_id = s.judged_run_id OR earlier.judged_run_id = s.judged_run_id)
-        AND earlier.skip_reason IS DISTINCT FROM 'unchanged'
-    WHERE s.skip_reason = 'unchanged'
+        AND earlier.skip_reason IS DISTINCT FROM '{UNCHANGED}'
+    WHERE s.skip_reason = '{UNCHANGED}'
     QUALIFY row_number() OVER (
         PARTITION BY s.key ORDER BY coalesce(earlier.run_id = s.judged_run_id, false) DESC, earlier.key DESC
     ) = 1
 ), verdicts AS (
-    SELECT key AS standing_key, run_id, image_id, outcome, score, error_code, skip_reason, judged_run_id
-    FROM standing WHERE skip_reason IS DISTINCT FROM 'unchanged'
+    SELECT key AS standing_key, run_id, image_id, outcome, score, error_code, judged_run_id, judged_outcome
+    FROM standing WHERE skip_reason IS DISTINCT FROM '{UNCHANGED}'
     UNION ALL
-    SELECT standing_key, run_id, image_id, outcome, score, error_code, skip_reason, judged_run_id FROM followed
+    SELECT standing_key, run_id, image_id, outcome, score, error_code, judged_run_id, judged_outcome FROM followed
 ), found AS (
     SELECT run_id, image_id, list(category ORDER BY score DESC, category) AS categories
     FROM flagged GROUP BY run_id, image_id
 )
 SELECT s.source_uri, s.image_id,
-    CASE WHEN v.skip_reason = 'known content' THEN 'cleared' ELSE coalesce(v.outcome, 'skipped') END AS outcome,
+    coalesce(v.judged_outcome, v.outcome, s.judged_outcome) AS outcome,
     v.score, coalesce(f.categories, []) AS categories, v.error_code,
     coalesce(v.judged_run_id, v.run_id, s.judged_run_id) AS decided_run_id,
     r.run_id AS listed_run_id, s.current, s.first_seen, s.last_seen
@@ -119,10 +121,10 @@ JOIN runs r ON r.nth = s.listed_key // 1099511627776
 LEFT JOIN verdicts v ON v.standing_key = s.key
 LEFT JOIN found f ON f.run_id = v.run_id AND f.image_id = v.image_id"""
 
-_FLAGGED_LATEST = """
+_FLAGGED_LATEST = f"""
 SELECT f.*
 FROM standing s JOIN flagged f ON f.image_id = s.image_id JOIN runs r ON r.run_id = f.run_id
-WHERE s.current AND CASE WHEN s.skip_reason = 'unchanged'
+WHERE s.current AND CASE WHEN s.skip_reason = '{UNCHANGED}'
     THEN f.run_id = s.judged_run_id OR f.judged_run_id = s.judged_run_id
     ELSE f.run_id = s.run_id END
 QUALIFY rank() OVER (
@@ -216,7 +218,7 @@ def _start(record: dict[str, Any]) -> tuple[datetime, str]:
 
 def _runs_table(records: list[dict[str, Any]]) -> pa.Table:
     """``records`` in the order of their start."""
-    newest = {record["source"]: record["run_id"] for record in records if record["parent_run_id"] is None}
+    newest = {scope(record["source"]): record["run_id"] for record in records if record["parent_run_id"] is None}
     rows = [
         {
             **{name: record[name] for name in ("run_id", "parent_run_id", "source", "plan_version")},
@@ -227,7 +229,8 @@ def _runs_table(records: list[dict[str, Any]]) -> pa.Table:
             "started_at": datetime.fromisoformat(record["started_at"]),
             "completed_at": datetime.fromisoformat(record["updated_at"]),
             "nth": nth,
-            "newest": newest.get(record["source"]) == record["run_id"],
+            "scope": scope(record["source"]),
+            "newest": newest.get(scope(record["source"])) == record["run_id"],
             "plan": record["plan"]["name"],
             **{name: record["counts"][name] for name in ("listed", "cleared", "flagged", "error", "skipped")},
             **{name: record[name] for name in ("relative_cost", "seconds")},
@@ -240,8 +243,8 @@ def _runs_table(records: list[dict[str, Any]]) -> pa.Table:
 def _current(runs: pa.Table) -> set[str]:
     """The newest run of each source, and the retries that came after it."""
     rows = runs.to_pylist()
-    newest = {row["source"]: row["nth"] for row in rows if row["newest"]}
-    return {row["run_id"] for row in rows if row["nth"] >= newest.get(row["source"], len(rows))}
+    newest = {row["scope"]: row["nth"] for row in rows if row["newest"]}
+    return {row["run_id"] for row in rows if row["nth"] >= newest.get(row["scope"], len(rows))}
 
 
 def _filesystem(store: Store) -> tuple[fs.FileSystem, str]:

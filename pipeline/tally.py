@@ -14,28 +14,40 @@ _ADDED = ("images_in", "tests", "positive_tests", "images_out", "gmac", "seconds
 
 @dataclass(kw_only=True)
 class Tally:
-    """Images by outcome, errors by code, skips by reason, and work by (operator, round)."""
+    """Images by outcome, errors by code, skips by reason, flagged ones by what took the place of a test, and work by
+    (operator, round)."""
 
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     errors: dict[str, int] = field(default_factory=dict)
     skips: dict[str, int] = field(default_factory=dict)
+    taken: dict[str, int] = field(default_factory=dict)
     work: dict[tuple[str, int | None], dict[str, float]] = field(default_factory=dict)
 
     @property
     def listed(self) -> int:
         return sum(self.outcomes.values())
 
+    @property
+    def tested(self) -> int:
+        """All but those that were skipped; known content was fetched at least, canaries are few."""
+        return self.listed - self.outcomes["skipped"]
+
+    @property
+    def gmac(self) -> float:
+        return sum(work["gmac"] for work in self.work.values())
+
     def add_outcomes(self, outcomes: dict[str, int]) -> None:
         for outcome, images in outcomes.items():
             self.outcomes[outcome] += images
 
     def add_errors(self, errors: dict[str, int]) -> None:
-        for code, images in errors.items():
-            self.errors[code] = self.errors.get(code, 0) + images
+        _add(self.errors, errors)
 
     def add_skips(self, skips: dict[str, int]) -> None:
-        for why, images in skips.items():
-            self.skips[why] = self.skips.get(why, 0) + images
+        _add(self.skips, skips)
+
+    def add_taken(self, taken: dict[str, int]) -> None:
+        _add(self.taken, taken)
 
     def add_work(self, rows: Iterable[dict[str, Any]]) -> None:
         for row in rows:
@@ -47,13 +59,15 @@ class Tally:
         self.add_outcomes(other.outcomes)
         self.add_errors(other.errors)
         self.add_skips(other.skips)
+        self.add_taken(other.taken)
         self.add_work(other.work_rows())
 
     def work_rows(self) -> list[dict[str, Any]]:
         return [{"operator": operator, "round": number} | total for (operator, number), total in self.work.items()]
 
     def to_json(self) -> dict[str, Any]:
-        return {"outcomes": self.outcomes, "errors": self.errors, "skips": self.skips, "work": self.work_rows()}
+        named = {name: getattr(self, name) for name in ("outcomes", "errors", "skips", "taken")}
+        return named | {"work": self.work_rows()}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Tally:
@@ -61,6 +75,7 @@ class Tally:
         tally.add_outcomes(content["outcomes"])
         tally.add_errors(content["errors"])
         tally.add_skips(content.get("skips", {}))  # markers of runs that knew no canaries have none
+        tally.add_taken(content.get("taken", {}))  # nor those of runs that tested every image
         tally.add_work(content["work"])
         return tally
 
@@ -72,6 +87,11 @@ class Tally:
                 for name in _ADDED:
                     total[name] += work[name]
         return total
+
+
+def _add(total: dict[str, int], more: dict[str, int]) -> None:
+    for name, images in more.items():
+        total[name] = total.get(name, 0) + images
 
 
 def stage_rows(tally: Tally, plan: Plan) -> list[dict[str, Any]]:

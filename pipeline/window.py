@@ -22,6 +22,12 @@ OUTCOMES: tuple[Outcome, ...] = ("cleared", "flagged", "error", "skipped")
 CANARY_REASONS: dict[str, str] = {"flagged": "canary found", "cleared": "canary missed", "error": "canary failed"}
 """What the ledger says of a canary that ended so; its outcome there is ``skipped``."""
 
+KNOWN_CONTENT = "known content"
+"""Skip reason of an image whose very bytes an earlier run has cleared."""
+
+UNCHANGED = "unchanged"
+"""Skip reason of an object that is what it was when an earlier run judged it."""
+
 
 @dataclass(slots=True, kw_only=True)
 class GroupTest:
@@ -53,11 +59,17 @@ class Image:
     error_code: str | None = None
     error_detail: str | None = None
     tests: list[GroupTest] = field(default_factory=list)
+    sha256: str | None = None
+    judged_run_id: str | None = None
+    findings: list[dict[str, Any]] | None = None
+    """What flags it without a test (``schema.FINDING``)."""
 
     @property
     def skip_reason(self) -> str | None:
         """Of a decided image: why it is no finding, whatever the nets say of it."""
-        return CANARY_REASONS[self.outcome] if self.canary and self.outcome else None
+        if self.canary and self.outcome:
+            return CANARY_REASONS[self.outcome]
+        return KNOWN_CONTENT if self.outcome == "skipped" else None
 
     @property
     def counted_as(self) -> Outcome | None:

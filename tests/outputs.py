@@ -28,8 +28,8 @@ from pipeline.window import OUTCOMES, GroupTest, Image, Window, Work
 
 FIRST_NIGHT = date(2026, 1, 1)
 VERSION_1 = {
-    "ledger": ["sha256", "judged_run_id"],
-    "flagged": ["judged_run_id", "match_bank", "match_distance", "match_quality"],
+    "ledger": ["sha256", "judged_run_id", "judged_outcome"],
+    "flagged": ["judged_run_id", "match_bank", "match_distance", "match_quality", "match_entry"],
 }
 """The columns that came with version 2."""
 
@@ -47,8 +47,9 @@ def judged(name: str, outcome: str, *categories: str, etag: str = "1", **values:
     return row | values | {"categories": categories}
 
 
-def unchanged(name: str, judged_run_id: str, **values: Any) -> dict[str, Any]:
-    return judged(name, "skipped", skip_reason="unchanged", judged_run_id=judged_run_id, **values)
+def unchanged(name: str, judged_run_id: str, judged_outcome: str = "cleared", **values: Any) -> dict[str, Any]:
+    taken_over = {"judged_run_id": judged_run_id, "judged_outcome": judged_outcome}
+    return judged(name, "skipped", skip_reason="unchanged", **taken_over, **values)
 
 
 def write_night(
@@ -117,8 +118,8 @@ def scan_by_hand(
             yield from sink([window])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.scan.stream", stream)
-        patch.setattr("pipeline.scan.ray_session", lambda *_: nullcontext())
+        patch.setattr("pipeline.driver.stream", stream)
+        patch.setattr("pipeline.driver.ray_session", lambda *_: nullcontext())
         config = ScanConfig(source=str(source), output=output, plan=str(plan), run_id=run_id, salt="s", **options)
         return run_scan(config)
 

@@ -2,23 +2,30 @@
 
 An image has evidence in the eyes of each net: how hard it is in itself (the same for all nets, and for all versions
 of one picture alike) and what this net makes of it. A group's evidence is its strongest member's, a little less for
-every doubling of the group, and what the companions blur.
+every doubling of the group, and what the companions blur: each of them in its own way, wherever it stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from pipeline.calibrate import screen_thresholds
+from pipeline.calibrate import CalibrateConfig, screen_thresholds
 from pipeline.calibration import Prevalence
 from pipeline.scores import Arrangement, Candidate, Scores, to_logits, to_scores
 from pipeline.search import Route
 
 LENGTH = 16
+COMPANIONS = CalibrateConfig.companions
 DEPENDENCE = 0.6
 """Of what makes a test err: the share of the variance that all nets have in common."""
+BLUR = 0.4
+OF_COMPANY = 0.7
+"""Of the blur's variance: the share that comes with the companions, and stays with them from group to group."""
 NETS = {"mini": (2.0, -1.8, 1.4), "group": (3.6, -3.6, 1.4), "large": (6.0, -6.0, 1.5)}
 """Mean evidence of a violating image, of another, and its standard deviation."""
 
@@ -66,7 +73,7 @@ class World:
         common_CK = self.rng.standard_normal((clusters + negatives, kinds))
         # Versions of one picture are nearly as hard as each other.
         hard_NK = np.sqrt(0.8) * common_CK[cluster_N] + np.sqrt(0.2) * self.rng.standard_normal(labels_NK.shape)
-        evidence = {}
+        evidence = {"company": self.rng.standard_normal(len(cluster_N))}
         for name, (violating, other, spread) in NETS.items():
             own_NK = self.rng.standard_normal(labels_NK.shape)
             noise_NK = np.sqrt(DEPENDENCE) * hard_NK + np.sqrt(1 - DEPENDENCE) * own_NK
@@ -79,8 +86,11 @@ class World:
         if candidate.size == 1:
             return to_scores(seen_BLK)
         best_BGK = seen_BLK.reshape(len(image_BL), -1, candidate.size, len(self.fainter)).max(axis=2)
-        blur_BGK = 0.4 * self.rng.standard_normal(best_BGK.shape) - 0.25 * np.log2(candidate.size)
-        return to_scores(best_BGK + blur_BGK)
+        company_BG = evidence["company"][image_BL].reshape(len(image_BL), -1, candidate.size).sum(axis=2)
+        company_BG /= np.sqrt(candidate.size)
+        chance_BGK = self.rng.standard_normal(best_BGK.shape)
+        blur_BGK = np.sqrt(OF_COMPANY) * company_BG[:, :, None] + np.sqrt(1 - OF_COMPANY) * chance_BGK
+        return to_scores(best_BGK + BLUR * blur_BGK - 0.25 * np.log2(candidate.size))
 
     def blocks(self, hosts: np.ndarray, companions: np.ndarray, redraws: int) -> np.ndarray:
         """(B, L): each host at a random place among random companions; then blocks of companions only."""
@@ -102,11 +112,13 @@ def calibrate(
     everyone = np.arange(len(order))[:, None]
     single = {c.name: world.score(c, evidence, everyone)[:, 0] for c in CANDIDATES if c.size == 1}
     arrangements = []
+    positive_N = labels_NK.any(axis=1)
     for recall in (1.0, *screen_recalls):
         screen = "mini" if recall < 1 else None
         thresholds_K = screen_thresholds(single["mini"], labels_NK, half_N == 0, recall)
         there_N = (single["mini"] >= np.array(thresholds_K)).any(axis=1) | (screen is None)
-        positive_N = labels_NK.any(axis=1)
+        if min((there_N & ~positive_N & (half_N == half)).sum() for half in (0, 1)) < COMPANIONS:
+            continue
         image_BL = np.concatenate(
             [
                 world.blocks(np.flatnonzero(positive_N & mine), np.flatnonzero(~positive_N & mine), redraws)
@@ -154,3 +166,8 @@ class Truth:
             found_BGK = to_logits(self.world.score(step, self.evidence, image_BL))
             passed_BK &= found_BGK[np.arange(hosts), place_B // step.size] >= thresholds_K
         return [float(passed_BK[own_B, k].mean()) for k, own_B in enumerate(self.labels_HK.T)]
+
+
+def one_thread_each(processes: int) -> ProcessPoolExecutor:
+    """Products this small are slower on two threads than on one."""
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=threadpool_limits, initargs=(1,))

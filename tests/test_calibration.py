@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from pipeline.calibration import Prevalence, certified_offset, misses_allowed, p
 from pipeline.errors import UsageError
 from pipeline.proposal import Request, propose, search
 from pipeline.search import Field
-from tests.simulated import PREVALENCE, Truth, World, calibrate
+from tests.simulated import PREVALENCE, Truth, World, calibrate, one_thread_each
 
 RECALL = 0.95
 
@@ -100,7 +98,7 @@ def oracle_cost() -> float:
 
 
 def run_all(function: Callable[[int], tuple[float, float]], seeds: range) -> np.ndarray:
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with one_thread_each(2) as pool:
         return np.array(list(pool.map(function, seeds, chunksize=4)))
 
 

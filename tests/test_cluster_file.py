@@ -44,7 +44,7 @@ def test_ray_refuses_a_group_without(cluster, group, missing):
 
 def test_groups_state_their_resources(written):
     resources = {name: group["resources"] for name, group in written["available_node_types"].items()}
-    assert resources == {"head": {"CPU": 0}, "cpu": {"CPU": 16}, "gpu_spot": {"CPU": 8, "GPU": 1}}
+    assert resources == {"head": {"CPU": 0}, "cpu": {"CPU": 16, "decode": 16}, "gpu_spot": {"CPU": 8, "GPU": 1}}
 
 
 def test_idle_cluster_shrinks_to_its_head(cluster):

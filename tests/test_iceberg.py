@@ -26,7 +26,7 @@ from tests.test_jobs import expect
 def store(tmp_path) -> Store:
     store = Store(str(tmp_path / "out"))
     write_night(store, "mon", 0, [judged("a", "flagged", "gore", "weapon"), judged("b", "cleared")], version=1)
-    write_night(store, "tue", 1, [unchanged("a", "mon"), judged("c", "error", error_code="truncated")])
+    write_night(store, "tue", 1, [unchanged("a", "mon", "flagged"), judged("c", "error", error_code="truncated")])
     return store
 
 
@@ -114,7 +114,7 @@ def test_of_two_publishers_at_once_one_wins_and_the_other_looks_again(store, cat
 
 def test_tables_of_an_older_version_gain_the_columns_of_the_newer(store, catalog, monkeypatch):
     older = {
-        name: pa.schema([field for field in table if field.name not in ("judged_run_id", "sha256")])
+        name: pa.schema([field for field in table if field.name not in ("judged_run_id", "judged_outcome", "sha256")])
         for name, table in schema.TABLES.items()
     }
     with monkeypatch.context() as patch:

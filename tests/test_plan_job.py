@@ -12,14 +12,23 @@ import pytest
 import yaml
 from scipy.stats import binom
 
-from pipeline.calibrate import CalibrateConfig, draw_blocks, find_candidates, find_versions, run_calibrate, split
+from pipeline.calibrate import (
+    CalibrateConfig,
+    draw_blocks,
+    find_candidates,
+    find_versions,
+    read_pictures,
+    run_calibrate,
+    split,
+)
 from pipeline.errors import UsageError
 from pipeline.examples import LabelledPictures, read_labelled
+from pipeline.layout import holes, padded, padding, windows_per_call
 from pipeline.plan import load_plan
 from pipeline.plan_file import to_plan
 from pipeline.plan_job import PlanConfig, plan_from_scores
 from pipeline.proposal import Request, propose
-from pipeline.scores import HALVES, Scores, read_scores, scores_bytes, to_logits, to_scores
+from pipeline.scores import HALVES, Arrangement, Candidate, Scores, read_scores, scores_bytes, to_logits, to_scores
 from pipeline.search import Field, routes
 from tests.simulated import PREVALENCE, World, calibrate
 
@@ -28,7 +37,7 @@ WANTED = {"prevalence": ("0.005",), "recall": ("0.9",), "cpus": 2.0}
 
 @pytest.fixture(scope="module")
 def scores() -> Scores:
-    return calibrate(World(11), 300, 4000)
+    return calibrate(World(11), 300, 6000)
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +242,119 @@ def test_blocks_are_of_one_half_and_host_every_positive():
         draw_blocks(positive_N, half_N, there_N, 512, redraws=1, passes=1, rng=rng)
 
 
+def test_positives_beside_too_few_companions_certify_nothing():
+    """They would all stand beside the same ones: no groups, and a line that says so."""
+    positive_N = np.arange(400) < 40
+    half_N = np.arange(400) % 2
+    drawing = {"length": 16, "redraws": 1, "passes": 1, "rng": np.random.default_rng(1)}
+    there_N = np.ones(400, dtype=bool)
+    assert len(draw_blocks(positive_N, half_N, there_N, **drawing, companions=180))
+    with pytest.raises(ValueError, match="180 negatives of the search half are fewer than 181 companions"):
+        draw_blocks(positive_N, half_N, there_N, **drawing, companions=181)
+
+
+def test_labels_of_several_files_are_put_together_and_gaps_are_left_out(tmp_path):
+    """A file for each category, a picture of which one was never said, a review that agrees and one that does not."""
+    write_labels(tmp_path / "star.parquet", [("a", "star", 1), ("b", "star", 0), ("c", "star", 0), ("d", "star", 0)])
+    write_labels(tmp_path / "bolt.parquet", [("a", "bolt", 0), ("b", "bolt", 1), ("c", "bolt", 0)])
+    write_labels(tmp_path / "review.parquet", [("a", "bolt", 0), ("e", "star", 1), ("e", "bolt", 1)])
+    both = (str(tmp_path / "star.parquet"), str(tmp_path / "bolt.parquet"))
+    config = CalibrateConfig(labels=both, models=("emblem",), search_labels=(str(tmp_path / "review.parquet"),))
+    said: list[str] = []
+    pictures, biased_N = read_pictures(config, ("star", "bolt"), said.append)
+    rows = {
+        uri[-1]: (*labels_K.tolist(), bool(biased))
+        for uri, labels_K, biased in zip(pictures.uris, pictures.labels_NK, biased_N, strict=True)
+    }
+    assert rows == {
+        "a": (True, False, False),
+        "b": (False, True, False),
+        "c": (False, False, False),
+        "e": (True, True, True),
+    }
+    (line,) = said
+    assert "1 of 5 pictures are left out" in line and "/d of bolt" in line
+    write_labels(tmp_path / "review.parquet", [("a", "star", 0)])
+    with pytest.raises(
+        UsageError, match=r"review\.parquet, .*star\.parquet: .*/a is labelled both with and without category 'star'"
+    ):
+        read_pictures(config, ("star", "bolt"), said.append)
+    write_labels(tmp_path / "star.parquet", [("a", "star", 1), ("a", "trefoil", 0)])
+    alone = replace(config, labels=both[:1], search_labels=())
+    with pytest.raises(UsageError, match="no picture shows trefoil, so nothing can be said of its recall"):
+        read_pictures(alone, ("star", "trefoil"), said.append)
+
+
+def write_labels(path: Path, rows: list[tuple[str, str, int]]) -> None:
+    columns = zip(*((f"s3://b/{name}", category, label) for name, category, label in rows), strict=True)
+    pq.write_table(pa.table(dict(zip(("uri", "category", "label"), columns, strict=True))), path)
+
+
+def test_rare_images_are_planned_for(scores_file, tmp_path):
+    """A quantile of a prevalence of one in a million is no image at all."""
+    wanted = WANTED | {"prevalence": ("0.000001",)}
+    planned = plan_from_scores(PlanConfig(scores=str(scores_file), output=tmp_path / "rare.yaml", **wanted))
+    assert 0 < planned.proposal.relative_cost < 0.3
+
+
+def test_sizes_that_do_not_divide_each_other_are_read_back(tmp_path):
+    """Groups of 4 and of 6 in blocks of 12."""
+    sizes = {"m": 1, "m4": 4, "m6": 6}
+    candidates = {n: Candidate(name=n, model="m", input_size=64, size=size, gmac=1.0) for n, size in sizes.items()}
+    image_BL = np.arange(48).reshape(4, 12)
+    rng = np.random.default_rng(1)
+    arrangement = Arrangement(image_BL=image_BL, scores={n: rng.random((4, 12 // sizes[n], 1)) for n in ("m4", "m6")})
+    scores = Scores(
+        categories=("a",), candidates=candidates, uris=[str(n) for n in range(48)],
+        labels_NK=(np.arange(48) % 12 == 0)[:, None], half_N=np.repeat([0, 1], 24), cluster_N=np.arange(48),
+        single={"m": rng.random((48, 1))}, arrangements=(arrangement,),
+    )  # fmt: skip
+    (tmp_path / "s.parquet").write_bytes(scores_bytes(scores))
+    (found,) = read_scores(str(tmp_path / "s.parquet")).arrangements
+    np.testing.assert_array_equal(found.image_BL, image_BL)
+    for name in ("m4", "m6"):
+        np.testing.assert_allclose(found.scores[name], arrangement.scores[name], rtol=1e-6)
+
+
+def test_too_few_negatives_show_no_false_positive_rate(scores):
+    asked = Request(recall_K=(0.9,), confidence=0.95, prevalence=PREVALENCE, max_fpr=0.0001)
+    with pytest.raises(UsageError, match=r"at most 0\.0001 is not seen in \d+ negatives .* at least 10,000 pictures"):
+        propose(scores, asked)
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(2, 0), (64, 0), (16, 1), (16, 2), (16, 5)])
+def test_pools_are_what_ray_and_machines_can_give(scores, cpus, gpus):
+    proposal = propose(scores, Request(recall_K=(0.9,), confidence=0.95, prevalence=PREVALENCE, max_fpr=0.01))
+    plan = to_plan(replace(scores, decode_seconds={64: 0.004}), proposal, "p", cpus=cpus, gpus=gpus)
+    pools = [plan.preparation.fetch, plan.preparation.decode, plan.preparation.write, *plan.stages]
+    assert all(pool.num_cpus <= 1 for pool in pools)
+    assert sum(pool.num_cpus * pool.actors.max for pool in pools) <= cpus
+    if cpus == 64:
+        assert plan.preparation.decode.actors.max > 20, "decoding is most of the work: many children, not a large one"
+    shares = [stage.num_gpus for stage in plan.stages]
+    assert sum(shares) <= gpus and all(share < 1 or share == int(share) for share in shares)
+    assert gpus == 0 or min(shares) > 0
+    for stage, reached in zip(plan.stages, proposal.chosen.spent.reached_S, strict=False):
+        assert stage.windows_per_call >= 1 and (reached < 1 or stage.windows_per_call == 1)
+
+
+def test_what_is_padded_and_what_is_empty_is_paid_for():
+    assert [padded(count, 64) for count in (0, 1, 2, 3, 17, 33, 64, 65, 128, 130)] == [
+        0, 1, 2, 4, 32, 64, 64, 65, 128, 130,
+    ]  # fmt: skip
+    assert [padded(count, 6) for count in (5, 6, 11)] == [6, 6, 12], "never wider than a full batch"
+    rng = np.random.default_rng(1)
+    for reached, size in ((0.12, 1), (0.01, 1), (0.3, 4)):
+        calls = windows_per_call(reached, 256)
+        images = rng.poisson(reached * 256 * calls / size, 20_000)
+        drawn = sum(padded(int(count), 64 // size) for count in images) / images.sum()
+        assert padding(reached, size, 256, reached) == pytest.approx(drawn, rel=0.02)
+    survivors = rng.poisson(0.01 * 1024, 20_000)
+    drawn = (-(-survivors // 16) * 16).sum() / survivors.sum()
+    assert holes(0.01, 16, 1024) == pytest.approx(drawn, rel=0.02) and drawn > 1.5
+    assert padding(1.0, 1, 256, 1.0) == 1
+
+
 def test_candidates_are_every_size_of_every_net_at_every_input_size():
     categories, found = find_candidates(["emblem-mini@64", "emblem"], ["star"])
     assert categories == ("star",)
@@ -254,7 +376,7 @@ def test_a_corpus_is_calibrated_planned_and_scanned(ray_session, corpus, tmp_pat
     path = tmp_path / "scores.parquet"
     config = CalibrateConfig(
         labels=(labels,), models=("emblem-mini", "emblem@80"), categories=("trefoil",), redraws=1, passes=1,
-        cache=tmp_path / "cache", output=str(path),
+        companions=90, cache=tmp_path / "cache", output=str(path),
     )  # fmt: skip
     said: list[str] = []
     scores = run_calibrate(config, said.append)

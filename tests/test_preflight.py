@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pipeline import preflight
@@ -95,6 +97,51 @@ def test_an_actor_that_no_node_has_room_for(monkeypatch):
         cluster.ray_session([PlanPool(num_cpus=16)], "plan 'x'"),
     ):
         pass
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("pool", "words"),
+    [
+        ({"resources": {"decode": 1}}, ""),
+        ({"resources": {"decode": 16}}, ""),
+        (
+            {"resources": {"decode": 9}, "actors": {"min": 2, "max": 2}},
+            "at least 18 'decode' for its pools, but Ray has 16",
+        ),
+        ({"resources": {"decode": 17}}, "at least 17 'decode' for its pools, but Ray has 16; lower resources or"),
+        ({"resources": {"encode": 1}}, "at least 1 'encode' for its pools, but Ray has 0; lower resources or"),
+        (
+            {"num_gpus": 0.3, "resources": {"decode": 1}},
+            "CPU: 1, GPU: 0.3, decode: 1} for one actor, but no node has all",
+        ),
+        ({"num_gpus": 1, "num_cpus": 12}, "one node with {CPU: 12, GPU: 1} for one actor, but no node has all of it"),
+    ],
+)
+def test_pools_for_a_kind_of_node_that_is_not_there(monkeypatch, pool, words):
+    from pipeline import cluster
+
+    kinds = ({"CPU": 16.0, "decode": 16.0}, {"CPU": 8.0, "GPU": 1.0})
+    nodes = [{"Alive": True, "Resources": kind | {"object_store_memory": 1e9}} for kind in kinds]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    wanted = PlanPool.model_validate(pool)
+    if not words:
+        with cluster.ray_session([wanted], "plan 'x'"):
+            return
+    with pytest.raises(RunError, match=re.escape(words)), cluster.ray_session([wanted], "plan 'x'"):
+        pass
+
+
+def test_a_cluster_that_grows_is_asked_for_every_pool_with_its_kind_of_node(monkeypatch):
+    from pipeline import cluster
+
+    asked: list[list[dict[str, float]]] = []
+    monkeypatch.setattr(cluster, "request_resources", lambda *, bundles: asked.append(bundles))
+    monkeypatch.setattr(cluster, "_lacking", lambda pools: "")
+    decode = PlanPool.model_validate({"resources": {"decode": 1}, "actors": {"min": 2, "max": 9}})
+    stage = PlanPool.model_validate({"num_cpus": 0.5, "num_gpus": 0.3})
+    cluster._check_resources([decode, stage], "plan 'x'", patience=600)
+    assert asked == [[{"CPU": 1.0, "decode": 1.0}] * 2 + [{"CPU": 0.5, "GPU": 0.3}]]
 
 
 @pytest.mark.usefixtures("ray_session")

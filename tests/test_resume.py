@@ -125,7 +125,7 @@ def check_everything_is_under_the_key(endpoint: str, prefix: str) -> None:
 
 
 def test_a_stream_that_ends_early_completes_nothing_and_only_the_rest_is_done_later(corpus, tmp_path, monkeypatch):
-    import pipeline.scan as module
+    import pipeline.driver as module
 
     source, output = tmp_path / "source", tmp_path / "out"
     shutil.copytree(corpus, source)

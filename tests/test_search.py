@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from pipeline.replay import Scored, Step, replay
 from pipeline.scores import Candidate, to_logits
 from pipeline.search import Field, Route, peel, routes
 from tests.authors import GMAC, authors_scores
+from tests.simulated import one_thread_each
 
 PREVALENCE = Prevalence(mean_K=(50 / 48_800,), images=48_800)
 MAX_FPR = 0.01
@@ -56,7 +55,7 @@ def test_a_plan_found_on_25_positives_holds_on_the_other_25(shared_data):
 @pytest.mark.timeout(3600)
 def test_the_frontier_of_cost_against_held_out_recall(shared_data):
     """A hundred halves. At one offset of all, honest cost is at most 0.30 and mean held-out recall at least 0.98."""
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with one_thread_each(2) as pool:
         found_SOX = np.array(list(pool.map(partial(frontier, folder=shared_data), range(100))))
     print("\noffset  relative cost    held-out recall  FPR")
     for offset, rows_SX in zip(OFFSETS, found_SOX.transpose(1, 0, 2), strict=True):

@@ -9,11 +9,13 @@ import json
 import pytest
 
 from jobs import query
+from pipeline.compact import compact
 from pipeline.errors import UsageError
 from pipeline.storage import s3_client
 from pipeline.store import Store
 from pipeline.tables import RUNS, open_tables, sql_session, with_scan_date
-from tests.outputs import judged, run_here, unchanged, write_night
+from tests.conftest import QUICK, small_plan
+from tests.outputs import judged, run_here, scan_by_hand, unchanged, write_night
 from tests.test_jobs import expect
 
 
@@ -75,7 +77,11 @@ def test_an_unchanged_object_keeps_the_verdict_of_the_night_that_tested_it(store
     ]
     write_night(store, "mon", 0, objects)
     for night, run in enumerate(("tue", "wed"), 1):
-        again = [unchanged("bad", "mon"), unchanged("good", "mon"), judged("broken", "error", error_code="truncated")]
+        again = [
+            unchanged("bad", "mon", "flagged"),
+            unchanged("good", "mon"),
+            judged("broken", "error", error_code="truncated"),
+        ]
         write_night(store, run, night, again, since="last")
     verdicts = {"bad": ("flagged", "weapon", "mon"), "broken": ("error", "wed"), "good": ("cleared", "mon")}
     assert standing(store) == verdicts
@@ -90,7 +96,7 @@ def test_a_trial_with_another_plan_decides_only_until_the_next_night_follows_the
     write_night(store, "mon", 0, [judged("bad", "flagged", "weapon"), judged("good", "cleared")])
     write_night(store, "trial", 1, [judged("bad", "cleared"), judged("good", "flagged", "gore")], plan_version="p2")
     assert standing(store) == {"bad": ("cleared", "trial"), "good": ("flagged", "gore", "trial")}
-    write_night(store, "wed", 2, [unchanged("bad", "mon"), unchanged("good", "mon")], since="last")
+    write_night(store, "wed", 2, [unchanged("bad", "mon", "flagged"), unchanged("good", "mon")], since="last")
     assert standing(store) == {"bad": ("flagged", "weapon", "mon"), "good": ("cleared", "mon")}
 
 
@@ -99,14 +105,21 @@ def test_known_content_has_the_verdict_of_the_run_that_judged_it_and_so_has_what
         store, "mon", 0, [judged("bad", "flagged", "weapon", sha256="b"), judged("good", "cleared", sha256="g")]
     )
     copies = [
-        judged("bad copy", "flagged", "weapon", sha256="b", judged_run_id="mon"),
-        judged("good copy", "skipped", sha256="g", skip_reason="known content", judged_run_id="mon"),
+        judged("bad copy", "flagged", "weapon", sha256="b", judged_run_id="mon", judged_outcome="flagged"),
+        judged(
+            "good copy",
+            "skipped",
+            sha256="g",
+            skip_reason="known content",
+            judged_run_id="mon",
+            judged_outcome="cleared",
+        ),
     ]
     write_night(store, "tue", 1, copies)
     expected = {"bad copy": ("flagged", "weapon", "mon"), "good copy": ("cleared", "mon")}
     assert standing(store) == expected | {"bad": ("flagged", "weapon", "mon"), "good": ("cleared", "mon")}
     for night, run in enumerate(("mon", "tue"), 2):  # whichever of the two an unchanged row names
-        write_night(store, f"later {run}", night, [unchanged("bad copy", run), unchanged("good copy", run)])
+        write_night(store, f"later {run}", night, [unchanged("bad copy", run, "flagged"), unchanged("good copy", run)])
         assert standing(store) == expected | {"bad": ("flagged", "weapon", "mon"), "good": ("cleared", "mon")}
 
 
@@ -125,10 +138,10 @@ def test_a_retry_takes_the_place_of_errors_and_of_nothing_else(store):
     assert ask(store, "SELECT count(*) FROM per_image WHERE current AND listed_run_id = 'mon'") == [(4,)]
     # An unchanged object is followed to the retry; a retry of the night before overrules no later verdict.
     names = [
-        unchanged("a", "again"),
+        unchanged("a", "again", "flagged"),
         judged("b", "flagged", "weapon"),
         judged("c", "cleared"),
-        unchanged("d", "again", etag="2"),
+        unchanged("d", "again", "flagged", etag="2"),
     ]
     write_night(store, "tue", 2, names, since="last")
     write_night(store, "late", 3, [judged("c", "flagged", "gore"), judged("b", "cleared")], parent_run_id="mon")
@@ -150,6 +163,21 @@ def test_sources_are_apart_and_canaries_are_in_none(store):
     write_night(store, "wed", 2, [judged("x/2", "cleared")], source="s3://b/x/")
     # Of the larger source's newest night x/1 is still one: nobody has said of it that it is gone.
     assert standing(store) == expected | {"x/1": ("flagged", "gore", "mon"), "x/2": ("cleared", "wed")}
+
+
+def test_reports_of_an_inventory_are_one_source_whatever_their_date(store):
+    report = "s3://b-inventory/b/all/{}T01-00Z/manifest.json"
+    write_night(
+        store,
+        "mon",
+        0,
+        [judged("a", "flagged", "gore"), judged("b", "flagged", "gore")],
+        source=report.format("2026-01-01"),
+    )
+    write_night(store, "tue", 1, [unchanged("a", "mon", "flagged")], source=report.format("2026-01-02"))
+    assert standing(store) == {"a": ("flagged", "gore", "mon"), "b": ("flagged", "gore", "mon")}
+    assert ask(store, "SELECT source_uri[8:], current FROM per_image ORDER BY 1") == [("a", True), ("b", False)]
+    assert ask(store, "SELECT count(DISTINCT source), count(DISTINCT scope) FROM runs") == [(2, 1)]
 
 
 def test_runs_of_both_versions_are_one_table_and_unfinished_ones_are_not_there(store):
@@ -188,11 +216,11 @@ def test_files_of_other_days_and_runs_are_not_opened(store):
 
 def test_what_a_life_cycle_rule_removed_is_named_and_its_rows_are_not_there(store):
     write_night(store, "mon", 0, [judged("a", "flagged", "gore")])
-    write_night(store, "tue", 1, [unchanged("a", "mon"), judged("b", "cleared")])
+    write_night(store, "tue", 1, [unchanged("a", "mon", "flagged"), judged("b", "cleared")])
     removed = [key for table in ("ledger", "flagged") for key in store.sizes(f"{table}/scan_date=2026-01-01")]
     store.delete(removed)
     assert sorted(open_tables(store).gone) == sorted(removed)
-    assert standing(store) == {"a": ("skipped", "mon"), "b": ("cleared", "tue")}
+    assert standing(store) == {"a": ("flagged", "mon"), "b": ("cleared", "tue")}
 
 
 def test_a_run_that_is_compacted_while_its_record_is_read_is_seen_as_it_is_then(store, monkeypatch):
@@ -228,7 +256,7 @@ def test_a_bucket_is_read_like_a_folder(s3_endpoint):
     s3_client(s3_endpoint).create_bucket(Bucket="analysts")
     remote = Store("s3://analysts/some/out", s3_endpoint)
     write_night(remote, "mon", 0, [judged("a b#%.jpg", "flagged", "gore"), judged("c", "cleared")])
-    write_night(remote, "tue", 1, [unchanged("a b#%.jpg", "mon"), unchanged("c", "mon")])
+    write_night(remote, "tue", 1, [unchanged("a b#%.jpg", "mon", "flagged"), unchanged("c", "mon")])
     assert standing(remote) == {"a b#%.jpg": ("flagged", "gore", "mon"), "c": ("cleared", "mon")}
 
 
@@ -288,3 +316,38 @@ def test_rows_that_are_missing_are_said_to_be(store):
     store.delete(list(store.sizes("ledger")))
     answer = run_here(query, "SELECT count(*) AS n FROM ledger", "--output", store.name, "--format", "csv")
     assert answer.stdout == "n\n0\n" and "1 files of complete runs are gone" in answer.stderr
+
+
+def test_nights_as_scans_write_them_stand_as_the_page_says(store, tmp_path):
+    """The increment's own rows, not ours: unchanged, changed, deleted, and tried again after an error."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(20):
+        (source / f"{number}.jpg").write_bytes(b"a picture" * (number + 1))
+    plan = small_plan(tmp_path, QUICK)
+    special = {"1.jpg": "flagged", "2.jpg": "flagged", "3.jpg": "flagged", "4.jpg": "fetch_timeout"}
+    scan_by_hand(source, store.name, plan, "mon", lambda name: special.get(name, "cleared"))
+    (source / "2.jpg").write_bytes(b"another picture")
+    (source / "3.jpg").unlink()
+    for run in ("tue", "wed"):
+        looked_at: list[str] = []
+        scan_by_hand(
+            source, store.name, plan, run, lambda name, seen=looked_at: seen.append(name) or "cleared", since="last"
+        )
+        assert set(looked_at) == ({"2.jpg", "4.jpg"} if run == "tue" else set())
+    found = {name.rpartition("/")[2]: verdict for name, verdict in standing(store).items()}
+    assert found["1.jpg"] == ("flagged", "automobile", "mon") and found["0.jpg"] == ("cleared", "mon")
+    assert found["2.jpg"] == ("cleared", "tue") == found["4.jpg"] and found["3.jpg"] == ("flagged", "automobile", "mon")
+    current = ask(store, "SELECT count(*) FILTER (current), count(*) FILTER (NOT current) FROM per_image")
+    assert current == [(19, 1)]
+    assert ask(store, "SELECT run_id, since, skipped FROM runs ORDER BY nth")[1:] == [
+        ("tue", "last", 17),
+        ("wed", "last", 19),
+    ]
+    for run in ("mon", "tue", "wed"):
+        compact(store, run)
+    assert {name.rpartition("/")[2]: verdict for name, verdict in standing(store).items()} == found
+    (source / "5.jpg").unlink()
+    scan_by_hand(source, store.name, plan, "thu", lambda name: "flagged", since="last")
+    after = {name.rpartition("/")[2]: verdict for name, verdict in standing(store).items()}
+    assert after == found  # a compacted night is compared with like any other

@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
         (source / f"{number}.jpg").write_bytes(b"a picture" * number)
     store = Store(str(folder / "out"))
     write_night(store, "old", 0, [judged("a", "flagged", "gore"), judged("b", "cleared")], version=1)
-    write_night(store, "next", 1, [unchanged("a", "old")])
+    write_night(store, "next", 1, [unchanged("a", "old", "flagged")])
     plan = small_plan(folder, QUICK, audit={"rate": 0.5, "near_rate": 0.5})
     special = {"3.jpg": "flagged", "4.jpg": "truncated", "5.jpg": "flagged"}
     scan_by_hand(source, store.name, plan, "mon", lambda name: special.get(name, "cleared"), shard_size=16)

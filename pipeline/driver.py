@@ -1,0 +1,195 @@
+"""Drives one frozen run: streams what is pending, commits shard by shard, writes the record last."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+from botocore.exceptions import BotoCoreError, ClientError
+from obstore.exceptions import BaseError
+
+from pipeline import commit
+from pipeline.bank import Banks, Frozen, ignored_entries
+from pipeline.canaries import count_canaries
+from pipeline.cluster import ray_session
+from pipeline.commit import Ledger
+from pipeline.contents import Contents, Part
+from pipeline.errors import RunError, RunStopped, StoreError, UsageError
+from pipeline.flow import Destination, pools, stream, window_refs
+from pipeline.limits import Budget, Limits
+from pipeline.plan import Plan
+from pipeline.preflight import Models
+from pipeline.progress import Progress
+from pipeline.quality import judge_run
+from pipeline.source import Shard
+from pipeline.storage import reason, redact
+from pipeline.store import Store
+from pipeline.tally import relative_cost, stage_rows
+
+if TYPE_CHECKING:
+    from pipeline.scan import ScanConfig
+
+RECORD_FIELDS = (
+    "run_id", "parent_run_id", "source", "exclude", "salt", "scan_date", "started_at", "plan", "plan_version",
+    "weights_sha256", "canaries_sha256", "listed", "duplicates", "since", "increment", "banks_sha256",
+    "schema_version",
+)  # fmt: skip
+
+
+class Driver:
+    """Of one frozen run."""
+
+    def __init__(
+        self, config: ScanConfig, store: Store, run_id: str, frozen: dict[str, Any], plan: Plan, models: Models
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.run_id = run_id
+        self.frozen = frozen
+        self.plan = plan
+        self.models = models
+        shards = [Shard(**shard) for shard in frozen["shards"]]
+        self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, config.max_outage)
+        self.committed_before = self.ledger.tally.listed
+        self.limits = Limits.of(config.limit_cost, config.deadline)
+        self.budget = Budget(self.limits, self.ledger.tally)
+
+    def run(self, labels: pa.Table | None, began: float) -> dict[str, Any]:
+        """The run record. ``began``: reading of the clock when the scan was started."""
+        with self._failing_by_name(began):
+            self._write_status("running", began)
+            startup = self._stream(began)
+            record = self._record("complete", began, startup, self._judge(labels))
+            return self.ledger.complete(record)
+
+    def _stream(self, began: float) -> float | None:
+        """Scans the pending shards; seconds until the first windows had been decided."""
+        startup = None
+        with Progress(self.run_id, self.plan, self.frozen["listed"], self.committed_before) as progress:
+            for judged in [shard for shard in self.ledger.pending if shard.judged]:
+                self.ledger.add_judged(judged)
+                self._committed(judged, progress, began)
+            if not self.ledger.pending:
+                return None
+            destination = Destination(
+                store=self.store,
+                endpoint_url=self.config.endpoint_url,
+                attempts=commit.attempts_prefix(self.run_id),
+                run_id=self.run_id,
+                salt=self.frozen["salt"],
+                models=self.models.versions,
+                contents=self._contents(),
+                banks=self._banks(),
+            )
+            with ray_session(pools(self.plan), f"plan {self.plan.name!r}", self._window_bytes()):
+                for receipt in stream(self.plan, window_refs(self.store, self.ledger.pending), destination):
+                    startup = startup or time.perf_counter() - began
+                    progress.add(receipt)
+                    shard = self.ledger.add(receipt)
+                    if shard is not None:
+                        self._committed(shard, progress, began)
+                        self.budget.check(self.ledger.tally, self.ledger.pending)
+        if self.ledger.pending:
+            raise RunError(f"{len(self.ledger.pending)} shards were not finished though the stream has ended")
+        return startup
+
+    def _committed(self, shard: Shard, progress: Progress, began: float) -> None:
+        progress.committed(shard, len(self.ledger.done), len(self.ledger.shards))
+        self._write_status("running", began)
+
+    def _contents(self) -> Contents | None:
+        # Runs of a version without increments knew no content.
+        parts = tuple(Part(**part) for part in self.frozen.get("contents", []))
+        return Contents(self.store, parts) if parts else None
+
+    def _banks(self) -> Banks | None:
+        frozen = [Frozen(**bank) for bank in self.frozen.get("banks", [])]
+        pairs = tuple(zip(self.plan.banks, frozen, strict=True))
+        return Banks(self.store, pairs, self.plan.version) if pairs else None
+
+    def _window_bytes(self) -> int:
+        """The most that one window can be in Ray's object store: its files and its pixels."""
+        side = max(stage.input_size for stage in self.plan.stages)
+        return self.frozen["largest_window_bytes"] + 3 * side * side * self.plan.window.images
+
+    def _judge(self, labels: pa.Table | None) -> dict[str, Any] | None:
+        if labels is None:
+            return None
+        return judge_run(self.store, commit.files_of("ledger", self.ledger.files), labels).to_json()
+
+    def _write_status(self, status: str, began: float, **more: Any) -> None:
+        content = self._record(status, began, None, None) | more
+        # Written after every shard: with the files of all shards before, it would grow with each.
+        del content["files"]
+        commit.write_json(self.store, commit.status_key(self.run_id), content)
+
+    def _record(
+        self, status: str, began: float, startup: float | None, quality: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """The run record: what is committed at this moment."""
+        tally = self.ledger.tally
+        seconds = time.perf_counter() - began
+        return {key: self.frozen.get(key) for key in RECORD_FIELDS} | {
+            "status": status,
+            "updated_at": datetime.now(UTC).isoformat(),
+            "counts": {"listed": tally.listed, **tally.outcomes},
+            "windows": sum(self.ledger.shards[index].windows for index in self.ledger.done),
+            "errors": tally.errors,
+            "canaries": count_canaries(tally.skips),
+            "skips": tally.skips,
+            "taken": tally.taken,
+            "ignored_entries": ignored_entries(tally.work_rows()),
+            "operators": tally.work_rows(),
+            "stages": stage_rows(tally, self.plan),
+            "individual_gmac": self.models.individual_gmac,
+            "relative_cost": relative_cost(tally, self.plan, self.models.individual_gmac),
+            # Of this driver: an earlier one's time, and what it committed, are not counted again.
+            "seconds": seconds,
+            "startup_seconds": seconds if startup is None else startup,
+            "images_per_s": (tally.listed - self.committed_before) / seconds,
+            "committed_before": self.committed_before,
+            "quality": quality,
+            "files": sorted(self.ledger.files, key=lambda file: file["path"]),
+        }
+
+    @contextmanager
+    def _failing_by_name(self, began: float) -> Iterator[None]:
+        """Turns whatever ends the run into one line, and leaves the traceback beside the run record."""
+        try:
+            yield
+        except RunStopped as stop:
+            self._write_status("stopped", began, reason=str(stop))
+            raise RunStopped(f"run {self.run_id!r} stopped: {stop}; {self._again()}") from None
+        except (KeyboardInterrupt, Exception) as error:
+            line = one_line(error)
+            # When the output itself is what failed, the line below has to do.
+            with suppress(BaseError, OSError):
+                self._record_failure(line, began)
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise RunError(f"run {self.run_id!r} failed: {line}; {self._again()}") from error
+
+    def _again(self) -> str:
+        return f"start it again with --run-id {self.run_id} to go on"
+
+    def _record_failure(self, line: str, began: float) -> None:
+        if self.ledger.is_current():
+            self._write_status("failed", began, failure=line)
+            self.store.write(commit.failure_key(self.run_id), redact(traceback.format_exc()).encode())
+
+
+def one_line(error: BaseException) -> str:
+    if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        error = error.cause
+    if isinstance(error, (RunError, UsageError)):
+        return str(error).splitlines()[0]  # Ray adds advice of its own
+    if isinstance(error, (StoreError, BaseError, ClientError, BotoCoreError)):
+        return f"storage: {reason(error)}"
+    lines = [line for line in redact(str(error)).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__

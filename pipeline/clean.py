@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from pipeline import commit, schema
+from pipeline.compact import unnamed_files
 from pipeline.errors import UsageError
 from pipeline.store import Store
 
@@ -22,27 +23,28 @@ class Litter:
 
 
 def find_litter(store: Store, older_than: timedelta) -> list[Litter]:
-    """Attempts and listings that nothing refers to, run by run.
+    """Attempts, listings and, of complete runs, files in the tables that nothing refers to, run by run.
 
     A run under which anything was written within ``older_than`` may have a living driver and is left alone.
     A driver that comes later makes its own attempts: it never reads those of another.
     """
-    runs = sorted({*store.folders("_attempts"), *store.folders("_state")})
+    runs = sorted({*store.folders("_attempts"), *store.folders("_state"), *commit.complete_runs(store)})
     return [_of_run(store, run_id, older_than) for run_id in runs]
 
 
 def _of_run(store: Store, run_id: str, older_than: timedelta) -> Litter:
     state, attempts = store.objects(commit.state_prefix(run_id)), store.objects(commit.attempts_prefix(run_id))
-    alive = _written_lately(state | attempts, older_than)
+    record = commit.read_json(store, commit.record_key(run_id))
+    unnamed = unnamed_files(store, record) if record else {}
+    alive = _written_lately(state | attempts | unnamed, older_than)
     if alive:
         return Litter(run_id=run_id, reason=f"left alone: {alive}")
     kept = _referred_to(store, run_id, list(state))
     listings = {key: found for key, found in state.items() if f"{commit.state_prefix(run_id)}/manifest-" in key}
-    dead = {key: size for key, (size, _) in (attempts | listings).items() if key not in kept}
+    dead = {key: size for key, (size, _) in (attempts | listings | unnamed).items() if key not in kept}
     reason = "nothing to remove"
     if dead:
-        complete = store.exists(commit.record_key(run_id))
-        reason = "of a complete run" if complete else "of drivers that are gone; the run can still go on"
+        reason = "of a complete run" if record else "of drivers that are gone; the run can still go on"
     return Litter(run_id=run_id, reason=reason, keys=tuple(sorted(dead)), bytes=sum(dead.values()))
 
 

@@ -7,11 +7,11 @@
     OUT/_attempts/<run_id>/                  what the sink wrote; read by nobody but this module
     OUT/<table>/scan_date=D/<run_id>-shard-00000.parquet
     OUT/runs/<run_id>/status.json            running or failed, and how far: overwritten as it goes
-    OUT/runs/<run_id>.json                   the run record: created last, and never written again
+    OUT/runs/<run_id>.json                   the run record: created last; only erase.py and compact.py replace it
 
 A marker is created by conditional PUT and comes before the files it names: it decides which attempt
 counts, and copying that attempt to its name in the table is a step that any driver may repeat. So a
-table never holds a file that no marker names, and two drivers cannot disagree.
+driver puts no file into a table that no marker names, and two drivers cannot disagree.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def report_key(run_id: str) -> str:
 
 
 def complete_runs(store: Store) -> list[str]:
-    """Names of the runs that have a record."""
+    """Names of the runs that have a record: it is written last, so theirs are the tables that count."""
     keys = (key for key in store.sizes("runs") if key.count("/") == 1 and key.endswith(".json"))
     return sorted(key.removeprefix("runs/").removesuffix(".json") for key in keys)
 

@@ -1,12 +1,13 @@
 """Takes an object out of everything that complete runs keep of it: tables, manifests, records, reports.
 
-The one exception to "a complete run never changes". A log below ``erasures/`` says which files are
-rewritten and by how many rows, and not which object it is about.
+One of the two exceptions to "a complete run never changes"; the other is ``compact.py``. A log below ``erasures/``
+says which files are rewritten and by how many rows, and not which object it is about.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import commit
+from pipeline.compact import unnamed_files
 from pipeline.contents import CONTENTS_FILE
 from pipeline.errors import RunError, UsageError
 from pipeline.plan import parse_plan
@@ -69,14 +71,18 @@ def erase(store: Store, subject: Subject, *, dry_run: bool) -> list[Rewritten]:
                 f"it up with jobs.clean --abandon {run}, then erase"
             )
     known = _digests_of_erasures(store)
-    changes = {run: _changes_in_run(store, run, subject, known) for run in sorted(complete)}
+    versions = {run: store.read_version(commit.record_key(run))[1] for run in sorted(complete)}
+    changes = {run: _changes_in_run(store, run, subject, known) for run in versions}
     rewritten = [change for found in changes.values() for change in found]
     if rewritten and not dry_run:
         # The log first: with it an erasure that stops half-way is known, and its files' new digests are.
         _log(store, rewritten)
         for run, found in changes.items():
             if found:
-                _rewrite(store, run, found, subject)
+                try:
+                    _rewrite(store, run, found, subject, versions[run])
+                except FileNotFoundError as error:
+                    raise _changed_meanwhile(run) from error
     return rewritten
 
 
@@ -92,7 +98,7 @@ def _changes_in_run(store: Store, run: str, subject: Subject, known: set[str]) -
         if digest(body) not in {file["sha256"], *known}:
             raise RunError(f"{file['path']} is not what the record of run {run!r} says: somebody has changed it")
         found += _change(file["path"], body, subject)
-    for key in _parquet(store, run):
+    for key in [*_parquet(store, run), *unnamed_files(store, record)]:
         found += _change(key, store.read(key), subject)
     derived = [key(run) for key in (commit.record_key, commit.status_key, commit.report_key, commit.failure_key)]
     return [*found, *(Rewritten(path=path, rows=0) for path in derived)] if found or stale else []
@@ -118,13 +124,13 @@ def _without(path: str, table: pa.Table, subject: Subject) -> bytes:
     return manifest_bytes(kept) if path.startswith("_state/") else table_bytes(kept)
 
 
-def _rewrite(store: Store, run: str, changes: list[Rewritten], subject: Subject) -> None:
+def _rewrite(store: Store, run: str, changes: list[Rewritten], subject: Subject, version: str) -> None:
+    """``version``: of the record that the changes were found by."""
     # Made a second time, file by file: a year of nightly runs holds an object in more than memory holds.
     for change in changes:
         if change.sha256 is not None:
             store.write(change.path, _without(change.path, _table(store.read(change.path)), subject))
-    record = commit.read_json(store, commit.record_key(run))
-    assert record is not None
+    record = json.loads(store.read(commit.record_key(run)))
     for file in record["files"]:
         body = store.read(file["path"])
         rows = pq.read_metadata(io.BytesIO(body)).num_rows
@@ -139,7 +145,12 @@ def _rewrite(store: Store, run: str, changes: list[Rewritten], subject: Subject)
         store.delete([commit.failure_key(run)])
     commit.sweep_attempts(store, run)
     # Last: until the record names the new digests, the next erasure does all of this again.
-    commit.write_json(store, commit.record_key(run), record)
+    if not store.replace(commit.record_key(run), commit.json_bytes(record), version):
+        raise _changed_meanwhile(run)
+
+
+def _changed_meanwhile(run: str) -> RunError:
+    return RunError(f"the files of run {run!r} were compacted, or others erased in them, at this moment: erase again")
 
 
 def _parquet(store: Store, run: str) -> list[str]:

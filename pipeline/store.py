@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
@@ -101,6 +104,52 @@ class Store:
             return False
         return True
 
+    def read_version(self, key: str) -> tuple[bytes, str]:
+        """An object, and the name of this version of it for ``replace``. Raises FileNotFoundError."""
+
+        def get() -> tuple[bytes, str]:
+            answer = obstore.get(self._client, key)
+            return bytes(answer.bytes()), answer.meta["e_tag"] or ""
+
+        return self._patiently(get)
+
+    def replace(self, key: str, body: bytes, version: str) -> str | None:
+        """Writes over that version and no other; the new one's name, or None when the object is another one by now.
+
+        In a folder this holds among the processes of one machine. A store that knows no such condition is looked at
+        first, which can be late.
+        """
+
+        def put() -> str | None:
+            try:
+                return self._put_over(key, body, version)
+            except (PreconditionError, FileNotFoundError):
+                # An earlier try may have gone through unheard.
+                with suppress(FileNotFoundError):
+                    answer = obstore.get(self._client, key)
+                    return answer.meta["e_tag"] if bytes(answer.bytes()) == body else None
+                return None
+
+        return self._patiently(put)
+
+    def _put_over(self, key: str, body: bytes, version: str) -> str | None:
+        if isinstance(self._client, LocalStore):
+            with _locked(Path(parse_uri(self.uri_of(key)).key).parent):
+                return self._look_and_put(key, body, version)
+        if self.conditional:
+            try:
+                return obstore.put(self._client, key, body, mode={"e_tag": version})["e_tag"]
+            except OSError as error:
+                if not _is_unknown(error):
+                    raise
+        return self._look_and_put(key, body, version)
+
+    def _look_and_put(self, key: str, body: bytes, version: str) -> str | None:
+        if obstore.head(self._client, key)["e_tag"] != version:
+            raise PreconditionError(key)
+        obstore.put(self._client, key, body)
+        return obstore.head(self._client, key)["e_tag"]
+
     def exists(self, key: str) -> bool:
         try:
             self._patiently(lambda: obstore.head(self._client, key))
@@ -119,8 +168,15 @@ class Store:
             self._patiently(lambda: obstore.copy(self._client, source, target, overwrite=not local))
 
     def delete(self, keys: list[str]) -> None:
-        if keys:
-            self._patiently(lambda: obstore.delete(self._client, keys))
+        """Removes what is there of them."""
+        try:
+            if keys:
+                self._patiently(lambda: obstore.delete(self._client, keys))
+        except FileNotFoundError:
+            # A folder says that one is gone already, and has left the others.
+            for key in keys:
+                with suppress(FileNotFoundError):
+                    self._patiently(partial(obstore.delete, self._client, key))
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Key and size in bytes of every object below a folder."""
@@ -139,6 +195,17 @@ class Store:
         """Names of the folders directly below a folder."""
         listed = self._patiently(lambda: obstore.list_with_delimiter(self._client, prefix))
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in listed["common_prefixes"])
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes of this machine out; the lock ends with the process that holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @lru_cache(maxsize=8)
@@ -178,6 +245,11 @@ def _creates(store: Store, key: str) -> bool:
     try:
         return store.create(key, b"dorfman was here twice")
     except OSError as error:
-        if "501 Not Implemented" in str(error) or "NotImplemented" in str(error):
+        if _is_unknown(error):
             return True  # it does not even take the condition
         raise
+
+
+def _is_unknown(error: OSError) -> bool:
+    """Whether a server says that it does not know what it was asked."""
+    return "501 Not Implemented" in str(error) or "NotImplemented" in str(error)

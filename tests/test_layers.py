@@ -42,6 +42,11 @@ def test_actors_that_fetch_and_write_do_not_load_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_a_query_starts_without_torch_and_ray():
+    code = "import sys, jobs.query; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_a_job_is_short():
     for path in FILES:
         if path.parent.name == "jobs":

@@ -45,6 +45,40 @@ def test_create_decides_once(store):
     assert store.read("a/b") == b"first" and store.exists("a/b") and not store.exists("a/c")
 
 
+def test_what_is_replaced_is_the_version_that_was_read(store):
+    store.write("a/b", b"first")
+    body, version = store.read_version("a/b")
+    second = store.replace("a/b", b"second", version)
+    assert body == b"first" and second == store.read_version("a/b")[1] != version
+    assert store.replace("a/b", b"late", version) is None and store.read("a/b") == b"second"
+    # Heard at its second try only: the answer to the first was lost.
+    assert store.replace("a/b", b"second", version) == second
+    assert store.replace("a/b", b"third", second) and store.read("a/b") == b"third"
+    assert store.replace("a/c", b"gone", version) is None and not store.exists("a/c")
+
+
+def test_what_is_gone_already_keeps_nothing_from_being_deleted(store):
+    for key in ("d/1", "d/3"):
+        store.write(key, b"x")
+    store.delete(["d/0", "d/1", "d/2", "d/3"])
+    assert store.sizes("d") == {}
+
+
+def test_of_many_who_replace_one_version_one_does(store):
+    store.write("race", b"0")
+    _, version = store.read_version("race")
+    replaced: list[int] = []
+    threads = [
+        threading.Thread(target=lambda n=n: store.replace("race", b"%d" % n, version) and replaced.append(n))
+        for n in range(1, 13)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(replaced) == 1 and store.read("race") == b"%d" % replaced[0]
+
+
 def test_of_many_who_create_at_once_one_does(store):
     created: list[int] = []
     threads = [

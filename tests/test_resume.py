@@ -57,6 +57,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_by_name_and_the_run_goes_on_when_there_is_room(corpus, tmp_path, small_disk):
     output, ballast = small_disk / "out", small_disk / "ballast"
     wanted = config(corpus, output, tmp_path, output_patience=2)
@@ -107,6 +108,7 @@ def moody(s3_endpoint: str) -> str:
     return s3_endpoint
 
 
+@pytest.mark.slow
 def test_an_output_that_refuses_writes_for_a_while_is_waited_for(corpus, tmp_path, moody):
     closed = Closed(6.0)
     with fault_proxy(moody, closed.faults) as url:

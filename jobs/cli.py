@@ -35,12 +35,10 @@ def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn
     """
     try:
         run(parse(job, config_type, sys.argv[1:]))
-    except (UsageError, CycloptsError) as error:
-        _end(2, f"{job}: {error}")
-    except RunError as error:
-        _end(1, f"{job}: {error}")
-    except RunStopped as stop:
-        _end(4, f"{job}: {stop}")
+    except CycloptsError as error:
+        _end(UsageError.exit_code, f"{job}: {error}")
+    except (UsageError, RunError, RunStopped) as error:
+        _end(error.exit_code, f"{job}: {error}")
     except KeyboardInterrupt:
         _end(1, f"{job}: interrupted")
     sys.exit(0)

@@ -1,16 +1,24 @@
 """The ways a job ends other than well, and their exit codes."""
 
+from typing import ClassVar
+
 
 class UsageError(ValueError):
-    """Wrong usage, configuration or input, found before the run began: exit code 2."""
+    """Wrong usage, configuration or input, found before the run began."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class RunError(RuntimeError):
-    """The run began and could not be completed: exit code 1."""
+    """The run began and could not be completed."""
+
+    exit_code: ClassVar[int] = 1
 
 
 class RunStopped(Exception):
-    """The run stopped where its user had asked it to, and can go on: exit code 4."""
+    """The run stopped where its user had asked it to, and can go on."""
+
+    exit_code: ClassVar[int] = 4
 
 
 class StoreError(OSError):

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -32,9 +32,6 @@ from pipeline.storage import reason, redact
 from pipeline.store import Store
 from pipeline.tally import relative_cost, stage_rows
 
-if TYPE_CHECKING:
-    from pipeline.scan import ScanConfig
-
 RECORD_FIELDS = (
     "run_id", "parent_run_id", "source", "exclude", "salt", "scan_date", "started_at", "plan", "plan_version",
     "weights_sha256", "canaries_sha256", "listed", "duplicates", "since", "increment", "banks_sha256",
@@ -46,19 +43,27 @@ class Driver:
     """Of one frozen run."""
 
     def __init__(
-        self, config: ScanConfig, store: Store, run_id: str, frozen: dict[str, Any], plan: Plan, models: Models
+        self,
+        store: Store,
+        run_id: str,
+        frozen: dict[str, Any],
+        plan: Plan,
+        models: Models,
+        *,
+        endpoint_url: str | None,
+        max_outage: float,
+        limits: Limits,
     ) -> None:
-        self.config = config
         self.store = store
+        self.endpoint_url = endpoint_url
         self.run_id = run_id
         self.frozen = frozen
         self.plan = plan
         self.models = models
         shards = [Shard(**shard) for shard in frozen["shards"]]
-        self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, config.max_outage)
+        self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, max_outage)
         self.committed_before = self.ledger.tally.listed
-        self.limits = Limits.of(config.limit_cost, config.deadline)
-        self.budget = Budget(self.limits, self.ledger.tally)
+        self.budget = Budget(limits, self.ledger.tally)
 
     def run(self, labels: pa.Table | None, began: float) -> dict[str, Any]:
         """The run record. ``began``: reading of the clock when the scan was started."""
@@ -79,7 +84,7 @@ class Driver:
                 return None
             destination = Destination(
                 store=self.store,
-                endpoint_url=self.config.endpoint_url,
+                endpoint_url=self.endpoint_url,
                 attempts=commit.attempts_prefix(self.run_id),
                 run_id=self.run_id,
                 salt=self.frozen["salt"],

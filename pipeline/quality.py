@@ -30,7 +30,7 @@ class Quality:
     negatives: int
     unlabelled: int
     unlisted_positives: int
-    """Violating uris among the labels that the run did not list: they count nowhere either."""
+    """Violating uris among the labels that the run did not list, or not judge: they count nowhere either."""
     missed: list[str]
     """The first hundred uris of violating images that were not flagged."""
 

@@ -135,7 +135,16 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
         frozen = record or commit.read_frozen(store, run_id) or _start(config, store, run_id, plan, models, canaries)
         _check_same_run(frozen, config, run_id, plan, models, canaries)
         if record is None:
-            driver = Driver(config, store, run_id, frozen, plan, models)
+            driver = Driver(
+                store,
+                run_id,
+                frozen,
+                plan,
+                models,
+                endpoint_url=config.endpoint_url,
+                max_outage=config.max_outage,
+                limits=Limits.of(config.limit_cost, config.deadline),
+            )
     if record is None:
         record = driver.run(labels, began)
     finish(store, record, plan, config)

@@ -460,24 +460,21 @@ def report(folder: Path, kind: str, rows: list[dict[str, Any]], bucket: str = "u
     return dated / "manifest.json"
 
 
+CURRENT = {
+    "Bucket": "uploads", "IsLatest": "true", "IsDeleteMarker": "false", "LastModifiedDate": "2026-11-20T10:30:00.000Z",
+}  # fmt: skip
 INVENTORY = [
-    {"Key": "a/plain.jpg", "Size": "10", "ETag": "e1"},
-    {"Key": "a/with%20space+plus%2B%C3%BC.jpg", "Size": "20", "ETag": "e2"},
-    {"Key": "a/old.jpg", "Size": "30", "ETag": "e3", "IsLatest": "false"},
-    {"Key": "a/deleted.jpg", "Size": "", "ETag": "", "IsDeleteMarker": "true"},
-    {"Key": "_left-out.jpg", "Size": "5", "ETag": "e5"},
+    CURRENT | {"Key": "a/plain.jpg", "Size": "10", "ETag": "e1"},
+    CURRENT | {"Key": "a/with%20space+plus%2B%C3%BC.jpg", "Size": "20", "ETag": "e2"},
+    CURRENT | {"Key": "a/old.jpg", "Size": "30", "ETag": "e3", "IsLatest": "false"},
+    CURRENT | {"Key": "a/deleted.jpg", "Size": "", "ETag": "", "IsDeleteMarker": "true"},
+    CURRENT | {"Key": "_left-out.jpg", "Size": "5", "ETag": "e5"},
 ]
 
 
 @pytest.mark.parametrize("kind", ["CSV", "ORC", "PARQUET"])
 def test_an_inventory_report_is_a_source(tmp_path, kind):
-    defaults = {
-        "Bucket": "uploads",
-        "IsLatest": "true",
-        "IsDeleteMarker": "false",
-        "LastModifiedDate": "2026-11-20T10:30:00.000Z",
-    }
-    path = report(tmp_path, kind, [defaults | row for row in INVENTORY])
+    path = report(tmp_path, kind, INVENTORY)
     found = {row["uri"]: row for row in list_source(str(path), ("_*",), None)}
     assert set(found) == {"s3://uploads/a/plain.jpg", "s3://uploads/a/with space plus+ü.jpg"}
     plain = found["s3://uploads/a/plain.jpg"]
@@ -500,13 +497,7 @@ def test_an_inventory_report_is_a_source(tmp_path, kind):
 
 
 def test_an_inventory_report_in_a_bucket_names_its_files_by_key(tmp_path, s3_endpoint):
-    defaults = {
-        "Bucket": "uploads",
-        "IsLatest": "true",
-        "IsDeleteMarker": "false",
-        "LastModifiedDate": "2026-11-20T10:30:00.000Z",
-    }
-    path = report(tmp_path, "CSV", [defaults | row for row in INVENTORY])
+    path = report(tmp_path, "CSV", INVENTORY)
     client = s3_client(s3_endpoint)
     client.create_bucket(Bucket="reports")
     client.upload_file(str(tmp_path / "config/data/part.csv.gz"), "reports", "x/part.csv.gz")

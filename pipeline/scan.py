@@ -38,7 +38,8 @@ class ScanConfig:
     """Scans the images of a bucket or folder for violating ones and writes tables, a run record and a report."""
 
     source: str = ""
-    """What to scan: an s3:// prefix, a folder, or a Parquet or CSV file with a column 'uri'."""
+    """What to scan: an s3:// prefix, a folder, a Parquet or CSV file with a column 'uri', or the manifest.json of an S3
+    Inventory report."""
     output: str = "out"
     """Where tables and records go: an s3:// prefix or a folder."""
     endpoint_url: str | None = None
@@ -54,8 +55,8 @@ class ScanConfig:
     retry_errors: str | None = None
     """Instead of a source: scan again, in a new run, what failed in this complete run for reasons that may pass."""
     since: str | None = None
-    """Test what is new or changed since a run: 'last', the newest complete one over this source with this plan and
-    these nets (without one, everything is tested), or a run by name, whatever its plan was."""
+    """Test what is new or changed since a run: 'last', the newest complete one over this source with this plan, nets
+    and banks (without one, everything is tested), or a run by name, whatever its plan was."""
     known_content: bool = True
     """With --since: bytes that have been judged under another name keep their verdict, by their SHA-256."""
     limit_cost: float | None = None

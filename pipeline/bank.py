@@ -1,8 +1,9 @@
 """Known content by its look: pictures whose PDQ hash is near one of a bank's are flagged before any net has seen them.
 
 A hash says what is known, never what is harmless: who is not matched is tested as ever. An entry that matches more
-images of a window than a single content can explain says more about the entry than about the images, so it is not
-obeyed there; decided from the window alone, like every verdict.
+different files of a window than a single content can explain says more about the entry than about the images, so it is
+not obeyed there; decided from the window alone, like every verdict. The nets then test those images, and one that they
+clear is marked in the ledger: the next run asks it again, and its content is not known.
 
 PDQ: Facebook's perceptual hash of 256 bits; a distance of 31 is its authors' threshold.
 Shapes: E entries of a bank.
@@ -108,9 +109,14 @@ class Banks:
         ignored: list[Work] = []
         for spec, frozen in self.banks:
             hits = [(image, hit) for image in asked if (hit := self._nearest(spec, frozen, *hashes[id(image)]))]
+            # Copies of the same bytes are one content, however often they were put there.
+            contents = {(hit["match_entry"], image.sha256 or image.image_id) for image, hit in hits}
+            different = Counter(entry for entry, _ in contents)
             counts = Counter(hit["match_entry"] for _, hit in hits)
             for image, hit in hits:
-                if counts[hit["match_entry"]] <= spec.most:
+                if different[hit["match_entry"]] > spec.most:
+                    image.match_ignored = True
+                else:
                     # Of several banks of one category the nearest: an image has one row a category.
                     best = found.setdefault(id(image), {}).setdefault(hit["category"], hit)
                     if hit["match_distance"] < best["match_distance"]:
@@ -118,7 +124,7 @@ class Banks:
             ignored += [
                 Work(operator=f"{IGNORED}:{spec.name}:{entry}", images_in=count, images_out=count)
                 for entry, count in counts.items()
-                if count > spec.most
+                if different[entry] > spec.most
             ]
         for image in images:
             if id(image) in found:

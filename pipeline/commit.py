@@ -340,7 +340,8 @@ def _unchanged(manifest: pa.Table, run_id: str) -> pa.Table:
 def _taken(ledger: pa.Table, flagged: pa.Table) -> dict[str, int]:
     """Images that were flagged without a test: because of their content, and by the bank that they match."""
     content = pc.and_(pc.equal(ledger["outcome"], "flagged"), pc.is_valid(ledger["judged_run_id"]))
-    matched = flagged.filter(pc.is_valid(flagged["match_bank"])).group_by(["image_id", "match_bank"]).aggregate([])
+    own = pc.and_(pc.is_valid(flagged["match_bank"]), pc.is_null(flagged["judged_run_id"]))
+    matched = flagged.filter(own).group_by(["image_id", "match_bank"]).aggregate([])
     counts = {f"match {bank}": images for bank, images in _value_counts(matched["match_bank"]).items()}
     known = pc.sum(content).as_py() or 0
     return counts | ({"known content": known} if known else {})

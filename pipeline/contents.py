@@ -1,7 +1,7 @@
 """Content that earlier runs have judged, found again by the SHA-256 of its bytes whatever it is called now.
 
 Made when a run is frozen, of what ``increment.py`` compares with, in parts that are sorted by digest; each process
-that fetches holds the parts that it has looked into, 34 bytes a content.
+that fetches holds the parts that it has looked into, 34 bytes a content, and what the flagged ones were flagged for.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ class _OpenPart:
         runs = table["run_id"].combine_chunks().dictionary_encode()
         self.run_ids = runs.dictionary.to_pylist()
         self.run_N = runs.indices.to_numpy().astype(np.uint16)
-        flagged = table.filter(pc.equal(table["outcome"], "flagged"))
-        self.findings = {row["sha256"]: tuple(row["findings"]) for row in flagged.to_pylist()}
+        # As Python objects they would take a hundred times the memory, in every process that fetches.
+        self.finding_N = table["findings"].combine_chunks()
 
     def find(self, sha256: str) -> Known | None:
         wanted_4 = np.frombuffer(bytes.fromhex(sha256), ">u8").astype(np.uint64)
         first, last = (int(np.searchsorted(self.digest_N4[:, 0], wanted_4[0], side)) for side in ("left", "right"))
         for row in range(first, last):
             if (self.digest_N4[row] == wanted_4).all():
-                return Known(run_id=self.run_ids[self.run_N[row]], findings=self.findings.get(sha256, ()))
+                return Known(run_id=self.run_ids[self.run_N[row]], findings=tuple(self.finding_N[row].as_py() or ()))
         return None
 
 

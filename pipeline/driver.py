@@ -33,8 +33,8 @@ from pipeline.store import Store
 from pipeline.tally import relative_cost, stage_rows
 
 RECORD_FIELDS = (
-    "run_id", "parent_run_id", "source", "exclude", "salt", "scan_date", "started_at", "plan", "plan_version",
-    "weights_sha256", "canaries_sha256", "listed", "duplicates", "since", "increment", "banks_sha256",
+    "run_id", "parent_run_id", "source", "exclude", "salt", "scan_date", "listed_at", "started_at", "plan",
+    "plan_version", "weights_sha256", "canaries_sha256", "listed", "duplicates", "since", "increment", "banks_sha256",
     "schema_version",
 )  # fmt: skip
 

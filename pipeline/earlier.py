@@ -23,9 +23,9 @@ LAST = "last"
 def find_earlier(store: Store, since: str, source: str, decides: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record that ``since`` means: a run by its name, or for ``last`` the newest one that compares.
 
-    That is a complete run over the same source by whose record the same ``decides`` (plan, nets, banks), or None when
-    there is none. A run that is named is taken whatever its plan was. Runs that took up errors listed a few objects
-    only, so none of them compares. Raises UsageError.
+    That is a complete run over the same source, by whose record the same ``decides`` (plan, nets, banks) and whose
+    tables are there; or None. A run that is named is taken whatever its plan was. Runs that took up errors listed a
+    few objects only, so none of them compares. Raises UsageError.
     """
     if since != LAST:
         record = commit.read_json(store, commit.record_key(since))
@@ -44,9 +44,22 @@ def find_earlier(store: Store, since: str, source: str, decides: Mapping[str, An
         if record is not None
         and record["parent_run_id"] is None
         and scope(record["source"]) == scope(source)
-        and all(record.get(name, {}) == now for name, now in decides.items())  # older records know no banks
+        and _compares(record, decides)
     ]
-    return max(comparable, key=lambda record: record["started_at"], default=None)
+    newest_first = sorted(comparable, key=lambda record: record["started_at"], reverse=True)
+    return next((record for record in newest_first if _stands(store, record)), None)
+
+
+def judged_otherwise(store: Store, judged_by: Mapping[str, int], decides: Mapping[str, Any]) -> int:
+    """Of objects by the run that judged them: how many were judged by other plans, nets or banks than ``decides``."""
+    records = {run_id: commit.read_json(store, commit.record_key(run_id)) for run_id in judged_by}
+    return sum(
+        judged_by[run_id] for run_id, record in records.items() if record is None or not _compares(record, decides)
+    )
+
+
+def _compares(record: Mapping[str, Any], decides: Mapping[str, Any]) -> bool:
+    return all(record.get(name, {}) == now for name, now in decides.items())  # older records know no banks
 
 
 def write_earlier(store: Store, record: Mapping[str, Any], folder: Path) -> None:
@@ -64,13 +77,20 @@ def write_earlier(store: Store, record: Mapping[str, Any], folder: Path) -> None
 
 
 def _earlier_rows(body: bytes, run_id: str) -> pa.Table:
-    columns = ["image_id", "source_uri", "outcome", "skip_reason", "judged_run_id", "judged_outcome", "sha256"]
-    ledger = pq.read_table(io.BytesIO(body), columns=columns, schema=LEDGER)  # files of version 1 lack the last three
+    columns = [
+        "image_id", "source_uri", "outcome", "skip_reason", "judged_run_id", "judged_outcome", "sha256",
+        "match_ignored",
+    ]  # fmt: skip
+    ledger = pq.read_table(io.BytesIO(body), columns=columns, schema=LEDGER)  # files of version 1 lack the last four
     # What an earlier scan injected itself is no object of the source.
     canary = pc.starts_with(ledger["skip_reason"], "canary").fill_null(False)
     ledger = ledger.filter(pc.invert(canary))
     # Also of content that it knew: its own tables have the rows of this object.
     own = pc.is_in(ledger["outcome"], pa.array(["cleared", "flagged"]))
+    # Who matched a bank and was cleared all the same is asked again, and no content to be known by.
+    own = pc.and_(
+        own, pc.invert(pc.and_(pc.equal(ledger["outcome"], "cleared"), ledger["match_ignored"].fill_null(False)))
+    )
     return pa.table(
         {
             "image_id": ledger["image_id"],
@@ -102,13 +122,11 @@ def _forget_lost(store: Store, folder: Path) -> None:
 
 def _standing(store: Store, run_ids: Iterable[str]) -> set[str]:
     """Those of the runs whose record is there with all of its ledgers and findings."""
-    standing = set()
-    for run_id in run_ids:
-        record = commit.read_json(store, commit.record_key(run_id))
-        if record is None:
-            continue
-        files = [file for table in ("ledger", "flagged") for file in commit.files_of(table, record["files"])]
-        there = {key for folder in {file["path"].rsplit("/", 1)[0] for file in files} for key in store.sizes(folder)}
-        if all(file["path"] in there for file in files):
-            standing.add(run_id)
-    return standing
+    records = {run_id: commit.read_json(store, commit.record_key(run_id)) for run_id in run_ids}
+    return {run_id for run_id, record in records.items() if record is not None and _stands(store, record)}
+
+
+def _stands(store: Store, record: Mapping[str, Any]) -> bool:
+    files = [file for table in ("ledger", "flagged") for file in commit.files_of(table, record["files"])]
+    there = {key for folder in {file["path"].rsplit("/", 1)[0] for file in files} for key in store.sizes(folder)}
+    return all(file["path"] in there for file in files)

@@ -37,7 +37,7 @@ def is_report(location: Location) -> bool:
 
 def scope(source: str) -> str:
     """What the source of one night has in common with that of another: of a report all but its date."""
-    return DATED.sub("", source).rstrip("/")
+    return DATED.sub("", source)
 
 
 def list_report(location: Location, endpoint_url: str | None) -> Iterator[dict[str, Any]]:

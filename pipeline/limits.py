@@ -64,7 +64,7 @@ class Budget:
         sizes = [shard.images for shard in pending if not shard.judged]
         if not sizes or not images:
             return
-        share = min(sizes) / images
+        share = sizes[0] / images  # the next one, as they are streamed
         spent, taken = tally.gmac - self.gmac_before, self.now() - self.began
         if self.limits.gmac is not None and spent * (1 + share) > self.limits.gmac:
             raise RunStopped(

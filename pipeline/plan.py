@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.errors import UsageError
 
+OPERATORS = {"fetch", "decode", "match", "write"}
+"""Names that records and tables use for what is no stage."""
 PLANS = Path(str(files("pipeline"))) / "plans"
 
 
@@ -194,7 +196,7 @@ class BankSpec(_Strict):
     quality: int = Field(default=50, ge=0, le=100)
     """Pictures whose hash has less are not matched: flat ones look alike to it."""
     most: int = Field(default=3, ge=1)
-    """Images of one window that may match one entry. When more do, the entry is reported there, and not obeyed."""
+    """Different files of one window that may match one entry. When more do, it is reported there, and not obeyed."""
 
 
 class Audit(_Strict):
@@ -248,6 +250,11 @@ class Plan(_Strict):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names) or not all(names):
             raise ValueError(f"stage names are {names}; each stage needs a name of its own")
+        taken = [name for name in names if name in OPERATORS or ":" in name]
+        if taken:
+            raise ValueError(
+                f"stages are called {taken}, but {sorted(OPERATORS)} and names with a colon are operators'"
+            )
         for stage in self.stages:
             if set(stage.thresholds) != set(self.categories):
                 raise ValueError(

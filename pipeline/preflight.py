@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from models.cost import gmac_per_test
 from models.weights import load_net
@@ -63,6 +65,17 @@ def check_apart(source: str, output: str) -> None:
     inside = outer.key if outer.bucket else outer.key.rstrip("/") + "/"
     if inner.bucket == outer.bucket and (inner.key.rstrip("/") + "/").startswith(inside):
         raise UsageError(f"output {output} lies inside source {source}: it would be scanned")
+
+
+def check_outside(rows: Iterable[dict[str, Any]], output: Store) -> Iterator[dict[str, Any]]:
+    """The rows, none of which may be the scan's own: a report or a table of uris may list its bucket."""
+    for row in rows:
+        if row["uri"].startswith(f"{output.uri}/"):
+            raise UsageError(
+                f"the source lists {row['uri']}, which lies in the output {output.name}: it would be scanned; leave it "
+                "out of the list, or give another --output"
+            )
+        yield row
 
 
 def check_output(store: Store) -> None:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from models.evaluation import interval
+from pipeline.schema import LEDGER
 from pipeline.store import Store
 
 
@@ -49,8 +50,9 @@ def judge_run(store: Store, ledgers: list[dict[str, Any]], labels: pa.Table) -> 
             columns = ["source_uri", "outcome"]
             body = io.BytesIO(store.read(file["path"], file["sha256"]))
             # What was skipped was not judged: a canary that was found is no hit, and none is a miss.
-            judged = pc.field("outcome") != "skipped"
-            connection.register("ledger", pq.read_table(body, columns=columns, filters=judged))
+            # Nor a copy of what an earlier run had flagged: copies of its misses are skipped.
+            judged = (pc.field("outcome") != "skipped") & pc.field("judged_run_id").is_null()
+            connection.register("ledger", pq.read_table(body, columns=columns, filters=judged, schema=LEDGER))
             joined = "ledger LEFT JOIN truth ON source_uri = uri"
             row = connection.execute(
                 f"""SELECT count(*) FILTER (violating = 1), count(*) FILTER (violating = 1 AND outcome = 'flagged'),

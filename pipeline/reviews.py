@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import commit, schema
@@ -159,9 +160,15 @@ def _read_record(store: Store, run_id: str) -> dict[str, Any]:
 
 
 def _rows(store: Store, record: dict[str, Any], table: str, columns: list[str]) -> list[dict[str, Any]]:
+    """Of what this run judged itself: copies of what had been flagged are found, copies of misses are nowhere."""
     return [
         row
         for file in commit.files_of(table, record["files"])
         if file["rows"]
-        for row in pq.read_table(io.BytesIO(store.read(file["path"], file["sha256"])), columns=columns).to_pylist()
+        for row in pq.read_table(
+            io.BytesIO(store.read(file["path"], file["sha256"])),
+            columns=columns,
+            schema=schema.TABLES[table],
+            filters=pc.field("judged_run_id").is_null() if table == "flagged" else None,
+        ).to_pylist()
     ]

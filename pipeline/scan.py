@@ -18,12 +18,13 @@ from pipeline.bank import freeze_banks
 from pipeline.canaries import Canaries, read_canaries, with_canaries
 from pipeline.contents import write_contents
 from pipeline.driver import Driver, one_line
-from pipeline.earlier import find_earlier, write_earlier
+from pipeline.earlier import find_earlier, judged_otherwise, write_earlier
 from pipeline.errors import RunError, UsageError
 from pipeline.examples import read_labels
+from pipeline.increment import Earlier
 from pipeline.limits import Limits
 from pipeline.plan import Plan, load_plan
-from pipeline.preflight import Models, check_apart, check_models, check_output, check_readable
+from pipeline.preflight import Models, check_apart, check_models, check_output, check_outside, check_readable
 from pipeline.report import write_report
 from pipeline.retry import list_failed, read_parent
 from pipeline.source import DEFAULT_EXCLUDE, Manifest, build_manifest, list_source
@@ -60,7 +61,8 @@ class ScanConfig:
     known_content: bool = True
     """With --since: bytes that have been judged under another name keep their verdict, by their SHA-256."""
     limit_cost: float | None = None
-    """Stop at a shard border rather than let the nets do more than this many GMAC in this start of the run."""
+    """Stop at a shard border rather than commit shards of more than this many GMAC in this start of the run. What the
+    nets have begun of later shards by then is done again."""
     deadline: str | None = None
     """Stop at a shard border rather than go on past this moment: HH:MM in UTC, the next one, or ISO 8601."""
     shard_size: int = 1_000_000
@@ -115,6 +117,7 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
     Raises UsageError before anything has begun and RunError afterwards; RunStopped at a limit of the user's.
     """
     began = time.perf_counter()
+    limits = Limits.of(config.limit_cost, config.deadline)  # before listing, which may take hours
     with storage_errors_as_usage():
         plan = load_plan(config.plan)
         models = check_models(plan)
@@ -144,7 +147,7 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
                 models,
                 endpoint_url=config.endpoint_url,
                 max_outage=config.max_outage,
-                limits=Limits.of(config.limit_cost, config.deadline),
+                limits=limits,
             )
     if record is None:
         record = driver.run(labels, began)
@@ -172,7 +175,8 @@ def _start(
         "banks_sha256": {bank.name: bank.source_sha256 for bank in banks},
     }
     salt = config.salt or secrets.token_hex(16)
-    manifest, known = _list(config, rows, store, prefix, salt, plan, decides)
+    listed_at = datetime.now(UTC)
+    manifest, known = _list(config, check_outside(rows, store), store, prefix, salt, plan, decides)
     if manifest.images == manifest.canaries:
         if parent:
             raise UsageError(f"run {config.retry_errors} has no errors that may pass: there is nothing to scan again")
@@ -186,6 +190,7 @@ def _start(
         "exclude": parent["exclude"] if parent else list(config.exclude),
         "salt": salt,
         "scan_date": datetime.now(UTC).date().isoformat(),
+        "listed_at": listed_at.isoformat(),
         "started_at": datetime.now(UTC).isoformat(),
         "plan": plan.model_dump(mode="json"),
         **decides,
@@ -215,22 +220,29 @@ def _list(
     """The manifest, and what the frozen run says of what earlier runs have judged."""
     earlier = find_earlier(store, config.since, config.source, decides) if config.since else None
     with tempfile.TemporaryDirectory(prefix="dorfman-earlier-") as folder:
-        judged = Path(folder) if earlier else None
-        if earlier and judged:
-            write_earlier(store, earlier, judged)
+        judged = None
+        if earlier:
+            # Records of a version without increments say only when listing had ended.
+            moment = datetime.fromisoformat(earlier.get("listed_at") or earlier["started_at"])
+            judged = Earlier(folder=Path(folder), listed_at=moment)
+            write_earlier(store, earlier, judged.folder)
         manifest = build_manifest(
             rows, store, prefix, salt=salt, window=plan.window, shard_size=config.shard_size, earlier=judged
         )
-        contents = write_contents(judged, store, prefix) if judged and config.known_content else ()
-    known = {"increment": _increment_json(manifest, earlier), "contents": [asdict(part) for part in contents]}
+        contents = write_contents(judged.folder, store, prefix) if judged and config.known_content else ()
+    increment = _increment_json(manifest, earlier, store, decides)
+    known = {"increment": increment, "contents": [asdict(part) for part in contents]}
     return manifest, known
 
 
-def _increment_json(manifest: Manifest, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+def _increment_json(
+    manifest: Manifest, earlier: dict[str, Any] | None, store: Store, decides: dict[str, Any]
+) -> dict[str, Any] | None:
     """Against which run, and what has become of its objects; None when every object was to be tested."""
     if manifest.increment is None or earlier is None:
         return None
-    return {"run_id": earlier["run_id"], "plan_version": earlier["plan_version"], **asdict(manifest.increment)}
+    otherwise = judged_otherwise(store, manifest.increment.judged_by, decides)
+    return {"run_id": earlier["run_id"], "judged_otherwise": otherwise, **asdict(manifest.increment)}
 
 
 def _check_same_run(

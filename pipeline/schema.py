@@ -128,6 +128,7 @@ IMAGE = pa.struct(
         ("sha256", pa.string()),  # of the payload; set by fetch
         ("judged_run_id", pa.string()),  # set by fetch when the same content has a verdict already
         ("findings", pa.list_(FINDING)),  # what flags it without a test
+        ("match_ignored", pa.bool_()),  # whether it matched an entry of a bank that was not obeyed
     ]
 )
 
@@ -235,6 +236,7 @@ LEDGER = pa.schema(
         ("sha256", pa.string()),  # of the object's bytes, by whoever fetched them last: null when nobody did
         ("judged_run_id", pa.string()),  # the run whose verdict was taken over: null when this run judged the image
         ("judged_outcome", pa.string()),  # that verdict, cleared or flagged; null with judged_run_id
+        ("match_ignored", pa.bool_()),  # true when it matched an entry of a bank that was not obeyed in its window
     ]
 )
 

@@ -114,6 +114,7 @@ class Rows:
             "ordinal": ordinal,
             "sha256": image.sha256,
             "judged_run_id": image.judged_run_id,
+            "match_ignored": image.match_ignored or None,
         }
         if image.judged_run_id is not None:
             row["judged_outcome"] = "flagged" if image.findings else "cleared"

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from botocore.exceptions import ClientError
 
 from pipeline.errors import UsageError
-from pipeline.increment import Increment, count, match, ordered
+from pipeline.increment import Earlier, Increment, count, match, ordered
 from pipeline.inventory import is_report, list_report
 from pipeline.plan import WindowSpec
 from pipeline.schema import MANIFEST
@@ -194,11 +194,11 @@ def build_manifest(
     salt: str,
     window: WindowSpec,
     shard_size: int,
-    earlier: Path | None = None,
+    earlier: Earlier | None = None,
 ) -> Manifest:
     """Writes one manifest file per shard below ``prefix``. Zero rows make zero shards.
 
-    ``earlier``: a folder of ``schema.EARLIER`` files, what an earlier run says of the objects it listed.
+    ``earlier``: what an earlier run says of the objects it listed.
     """
     with tempfile.TemporaryDirectory(prefix="dorfman-manifest-") as folder:
         listed = Path(folder) / "listed"

@@ -63,6 +63,7 @@ class Image:
     judged_run_id: str | None = None
     findings: list[dict[str, Any]] | None = None
     """What flags it without a test (``schema.FINDING``)."""
+    match_ignored: bool = False
 
     @property
     def skip_reason(self) -> str | None:

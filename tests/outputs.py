@@ -28,7 +28,7 @@ from pipeline.window import OUTCOMES, GroupTest, Image, Window, Work
 
 FIRST_NIGHT = date(2026, 1, 1)
 VERSION_1 = {
-    "ledger": ["sha256", "judged_run_id", "judged_outcome"],
+    "ledger": ["sha256", "judged_run_id", "judged_outcome", "match_ignored"],
     "flagged": ["judged_run_id", "match_bank", "match_distance", "match_quality", "match_entry"],
 }
 """The columns that came with version 2."""

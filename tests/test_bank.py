@@ -131,11 +131,15 @@ def test_what_is_near_enough_and_good_enough_is_flagged(tmp_path):
 
 
 def test_an_entry_that_matches_too_much_is_reported_and_not_obeyed(tmp_path):
-    """Four of one entry, where three may: they go on to the nets. Another entry in the same window is obeyed."""
-    hashes = [(flipped(ENTRIES[0], bits), 100) for bits in range(4)] + [(ENTRIES[1], 100)] * 3
+    """Four files of one entry, where three may: they go on to the nets. Another entry in the same window is obeyed."""
+    hashes = [(flipped(ENTRIES[0], bits), 100) for bits in range(4)] + [(ENTRIES[1], 100)] * 5
     window, by_image = window_of(hashes)
+    for image in window.images[5:]:
+        image.sha256 = "the same file five times is one content"
+    window.images[4].sha256 = window.images[5].sha256
     banks(tmp_path, (spec(), ENTRIES)).match(window, by_image)
-    assert [image.outcome for image in window.images] == [None] * 4 + ["flagged"] * 3
+    assert [image.outcome for image in window.images] == [None] * 4 + ["flagged"] * 5
+    assert [image.match_ignored for image in window.images] == [True] * 4 + [False] * 5
     work = [{"operator": work.operator, "images_in": work.images_in} for work in window.work]
     assert ignored_entries(work) == {"b": {ENTRIES[0]: 4}}
 
@@ -213,6 +217,9 @@ def test_a_scan_flags_what_the_bank_knows_and_tests_the_rest(ray_session, tmp_pa
     ((ignored, images),) = record["ignored_entries"]["known"].items()
     assert images == 5 and distance(ignored, reference_hash(scene(100))) == 0
     assert record["stages"][0]["images_in"] == 27 and record["banks_sha256"].keys() == {"known"}
+    ledger = pq.read_table(next((tmp_path / "out").glob("ledger/*/*.parquet")), partitioning=None).to_pylist()
+    marked = {row["source_uri"].rsplit("/", 1)[1] for row in ledger if row["match_ignored"]}
+    assert marked == {f"flood-{number}.jpg" for number in range(5)}
     rows = pq.read_table(next((tmp_path / "out").glob("flagged/*/*.parquet")), partitioning=None).to_pylist()
     matched = {row["source_uri"].rsplit("/", 1)[1]: row for row in rows if row["match_bank"]}
     assert set(matched) == {"03.jpg", "08.jpg"}

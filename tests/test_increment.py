@@ -24,9 +24,9 @@ from PIL import Image as Pillow
 
 from pipeline import commit
 from pipeline.contents import Contents, write_contents
-from pipeline.earlier import find_earlier, write_earlier
+from pipeline.earlier import find_earlier, judged_otherwise, write_earlier
 from pipeline.errors import RunStopped, UsageError
-from pipeline.increment import Increment
+from pipeline.increment import Earlier, Increment
 from pipeline.inventory import scope
 from pipeline.limits import Budget, Limits
 from pipeline.plan import WindowSpec
@@ -189,7 +189,7 @@ def manifest_rows(store: Store, manifest) -> list[dict[str, Any]]:
     return pa.concat_tables(tables).to_pylist()
 
 
-STATES = st.sampled_from(["new", "same", "changed", "error", "untold", "deleted"])
+STATES = st.sampled_from(["new", "same", "changed", "error", "untold", "forged", "undated", "deleted"])
 
 
 @settings(max_examples=40, deadline=None)
@@ -198,7 +198,11 @@ STATES = st.sampled_from(["new", "same", "changed", "error", "untold", "deleted"
     repeated=st.booleans(),
 )  # fmt: skip
 def test_every_object_is_counted_as_what_it_is(tmp_path_factory, states, images, shard_size, repeated):
-    """A model of the join: each object in one of six states, in any mixture."""
+    """A model of the join: each object in one of eight states, in any mixture.
+
+    ``forged``: another picture under the same uri and etag, written after the earlier run had begun to list.
+    ``undated``: the source tells no time, and is taken at its word.
+    """
     folder = tmp_path_factory.mktemp("m")
     store = Store(str(folder / "out"))
     now = {f"{n}": None if state == "untold" else "e" for n, state in enumerate(states) if state != "deleted"}
@@ -213,37 +217,44 @@ def test_every_object_is_counted_as_what_it_is(tmp_path_factory, states, images,
         }
         for name, (etag, state) in then.items()
     ]
-    listing = listed(now) + (listed(now)[:1] if repeated else [])
+    listing = listed(now)
+    for row in listing:
+        state = states[int(row["uri"].rsplit("/", 1)[1])]
+        late, unknown = MOMENT + timedelta(seconds=1), None
+        row["modified_at"] = {"forged": late, "new": late, "undated": unknown}.get(state, MOMENT - timedelta(days=1))
+    listing += listing[:1] if repeated else []
     manifest = build_manifest(
         listing, store, "m", salt="s", window=WindowSpec(images=images), shard_size=shard_size,
-        earlier=earlier_folder(folder / "earlier", rows),
+        earlier=Earlier(folder=earlier_folder(folder / "earlier", rows), listed_at=MOMENT),
     )  # fmt: skip
     count = Counter(states)
     if not now:
         assert manifest.images == 0
         return
     assert manifest.increment == Increment(
-        unchanged=count["same"],
+        unchanged=count["same"] + count["undated"],
         new=count["new"],
         changed=count["changed"]
+        + count["forged"]
         + count["untold"]
         - sum(1 for n, s in enumerate(states) if s == "untold" and f"{n}" not in then),
         unjudged=count["error"],
         deleted=count["deleted"],
-        judged_by={"r1": count["same"]} if count["same"] else {},
+        judged_by={"r1": count["same"] + count["undated"]} if count["same"] + count["undated"] else {},
     )
     assert manifest.duplicates == int(repeated)
     found = manifest_rows(store, manifest)
     assert sorted(row["uri"] for row in found) == sorted(f"s3://b/{name}" for name in now)
     assert [row["ordinal"] for row in found] == list(range(len(now)))
     judged = [row["judged_run_id"] is not None for row in found]
-    assert judged == sorted(judged) and sum(judged) == count["same"], "what is tested comes first"
+    assert judged == sorted(judged) and sum(judged) == count["same"] + count["undated"], "what is tested comes first"
     for shard in manifest.shards:
         assert {row["judged_run_id"] is not None for row in found if row["shard"] == shard.index} == {shard.judged}
     # What is tested fills windows as if nothing else were listed.
     tested = [row for row in found if row["judged_run_id"] is None]
+    old = {f"s3://b/{number}" for number, state in enumerate(states) if state in ("same", "undated")}
     alone = build_manifest(
-        [row for row in listing if f"s3://b/{row['uri']}" and states[int(row["uri"].rsplit("/", 1)[1])] != "same"],
+        [row for row in listing if row["uri"] not in old],
         store, "alone", salt="s", window=WindowSpec(images=images), shard_size=shard_size,
     )  # fmt: skip
     if tested:
@@ -263,9 +274,12 @@ def test_an_earlier_ledger_says_who_judged_what(tmp_path):
         ("e", "skipped", "known content", "lost", "cleared", "44"),
         ("f", "skipped", "canary found", None, None, "55"),
         ("g", "flagged", None, "r0", "flagged", "66"),
+        ("h", "cleared", None, None, None, "77"),
     ]
     names = ("image_id", "outcome", "skip_reason", "judged_run_id", "judged_outcome", "sha256")
-    table = pa.Table.from_pylist([dict(zip(names, row, strict=True)) | {"source_uri": row[0]} for row in rows], LEDGER)
+    dicts = [dict(zip(names, row, strict=True)) | {"source_uri": row[0]} for row in rows]
+    dicts[-1]["match_ignored"] = True
+    table = pa.Table.from_pylist(dicts, LEDGER)
     record = finished(store, "r1", {"ledger": table, "flagged": FLAGGED.empty_table()})
     finished(store, "r0", {"ledger": LEDGER.empty_table(), "flagged": FLAGGED.empty_table()})
     (tmp_path / "earlier").mkdir()
@@ -278,10 +292,11 @@ def test_an_earlier_ledger_says_who_judged_what(tmp_path):
         "d": ("r0", "flagged"),
         "e": (None, None),  # the record of that run is gone, and its verdict with it
         "g": ("r1", "flagged"),  # the rows of this object are in r1, whoever judged its content first
+        "h": (None, None),  # it matched a bank, and is asked again
     }
     assert found["d"]["sha256"] == "33"
 
-    version_1 = table.drop_columns(["judged_run_id", "judged_outcome", "sha256"]).slice(0, 3)
+    version_1 = table.drop_columns(["judged_run_id", "judged_outcome", "sha256", "match_ignored"]).slice(0, 3)
     old = finished(store, "r2", {"ledger": version_1, "flagged": FLAGGED.empty_table()})
     shutil.rmtree(tmp_path / "earlier")
     (tmp_path / "earlier").mkdir()
@@ -326,9 +341,13 @@ def test_the_newest_run_that_compares_is_the_last(tmp_path):
         finished(store, run_id, tables, **changes)
     commit.write_json(store, commit.status_key("unfinished"), {"started_at": "2026-01-10"})
     decides = {"plan_version": "p", "weights_sha256": {"s": "w"}, "banks_sha256": {}}
-    found = find_earlier(store, "last", "s3://b/in", decides)
+    found = find_earlier(store, "last", "s3://b/in/", decides)
     assert found is not None and found["run_id"] == "new"
-    assert find_earlier(store, "last", "s3://b/in", decides | {"plan_version": "r"}) is None
+    assert judged_otherwise(store, {"new": 5, "other-plan": 7, "other-bank": 2, "gone": 1}, decides) == 10
+    (tmp_path / "ledger/scan_date=2026-01-01/new-shard-00000.parquet").unlink()
+    found = find_earlier(store, "last", "s3://b/in/", decides)
+    assert found is not None and found["run_id"] == "old", "of the newest the tables are gone"
+    assert find_earlier(store, "last", "s3://b/in/", decides | {"plan_version": "r"}) is None
     named = find_earlier(store, "other-plan", "s3://b/in", decides)
     assert named is not None and named["run_id"] == "other-plan"
     with pytest.raises(UsageError, match="--since none: no complete run of that name"):
@@ -505,7 +524,7 @@ def test_an_inventory_report_in_a_bucket_names_its_files_by_key(tmp_path, s3_end
     source = "s3://reports/x/uploads/all/2026-11-23T01-00Z/manifest.json"
     assert len(list(list_source(source, ("_*",), s3_endpoint))) == 2
     assert scope(source) == scope(source.replace("-23T", "-24T")) == "s3://reports/x/uploads/all"
-    assert scope("s3://b/p/") == scope("s3://b/p") != scope("s3://b/q")
+    assert scope("s3://b/p/") != scope("s3://b/p"), "the second lists s3://b/p2 as well"
 
 
 # Limits
@@ -524,6 +543,8 @@ def test_a_run_stops_before_the_shard_that_would_pass_a_limit():
     with pytest.raises(RunStopped, match=r"80\.0 GMAC are done, and another shard would pass the limit of 100\.0"):
         budget.check(spent(images=700, gmac=1080.0), pending)
     budget.check(spent(images=700, gmac=1080.0), [shard(900, judged=True)])
+    with pytest.raises(RunStopped):
+        budget.check(spent(images=700, gmac=1080.0), [shard(100), shard(1)])
     clock[0] += timedelta(hours=4)
     with pytest.raises(RunStopped, match="another shard would not be done by 2026-11-25T06:00 UTC"):
         budget.check(spent(images=600, gmac=1001.0), pending)

@@ -340,6 +340,7 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path):
 POLICY = re.compile(r"```json\n(.*?)```", re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_source_is_read_only_under_the_policy_of_the_docs(corpus, tmp_path):
     """The worker's policy of docs/custody.md, enforced by a server: it suffices for a scan and for nothing more."""
     page = (Path(__file__).parents[1] / "docs/custody.md").read_text()

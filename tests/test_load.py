@@ -72,7 +72,10 @@ def fill(bucket: Path, rows: int) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "shard_size"),
-    [(8_000, 2_000), pytest.param(1_000_000, 100_000, marks=[pytest.mark.load, pytest.mark.timeout(5400)])],
+    [
+        pytest.param(8_000, 2_000, marks=pytest.mark.slow),
+        pytest.param(1_000_000, 100_000, marks=[pytest.mark.load, pytest.mark.timeout(5400)]),
+    ],
 )
 def test_every_row_arrives_and_the_driver_does_not_grow(rclone, tmp_path, rows, shard_size):
     url, bucket = rclone

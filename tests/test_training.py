@@ -309,6 +309,7 @@ def test_killed_and_started_again_it_ends_like_one_left_alone(tmp_path, ray_sess
     assert torch.allclose(weights(alone), weights(resumed), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_workers_train_one_net(tmp_path, ray_session):
     root = folder_per_class(tmp_path / "data", 120)
     seen = []

@@ -112,3 +112,12 @@ def test_a_plan_runs_no_code(tmp_path):
     with pytest.raises(UsageError, match="is not YAML: could not determine a constructor"):
         load_plan(str(plan))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["match", "fetch", "decode:one"])
+def test_a_stage_is_not_called_like_an_operator(name):
+    """Records and tables tell them apart by name."""
+    plan = content()
+    plan["stages"][0]["name"] = name
+    with pytest.raises(UsageError, match="and names with a colon are operators'"):
+        parse_plan(plan, "test")

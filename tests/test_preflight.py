@@ -10,7 +10,7 @@ from pipeline import preflight
 from pipeline.errors import RunError, UsageError
 from pipeline.plan import Actors, Preparation
 from pipeline.plan import Pool as PlanPool
-from pipeline.preflight import check_apart, check_output, check_readable
+from pipeline.preflight import check_apart, check_output, check_outside, check_readable
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from pipeline.store import Store
@@ -190,3 +190,14 @@ def test_an_output_inside_its_source(source, output, inside):
 def test_values_that_make_no_scan(options, words):
     with pytest.raises(UsageError, match=words):
         ScanConfig(**options)
+
+
+def test_a_list_that_names_the_output_is_refused(tmp_path):
+    """An inventory report is of a whole bucket, and the output may lie in that."""
+    output = Store("s3://bucket/out")
+    beside = [{"uri": "s3://bucket/outer/a.jpg"}, {"uri": "s3://bucket/a.jpg"}]
+    assert list(check_outside(beside, output)) == beside
+    with pytest.raises(
+        UsageError, match=r"lists s3://bucket/out/runs/r\.json, which lies in the output s3://bucket/out"
+    ):
+        list(check_outside([*beside, {"uri": "s3://bucket/out/runs/r.json"}], output))

@@ -201,8 +201,7 @@ def read_pictures(
     may be violating, and would stand among the companions.
     """
     sources = (*config.labels, *config.search_labels)
-    uris, known_NK = read_known(sources, categories, config.endpoint_url)
-    fair = set(read_known(config.labels, categories, config.endpoint_url)[0]) if config.search_labels else set(uris)
+    uris, known_NK, source_N = read_known(sources, categories, config.endpoint_url)
     complete_N = (known_NK != UNKNOWN).all(axis=1)
     if not complete_N.all():
         row = int(np.argmin(complete_N))
@@ -222,7 +221,7 @@ def read_pictures(
             "the others with --categories"
         )
     order = np.random.default_rng(config.seed).permutation(np.flatnonzero(complete_N))
-    biased_N = np.array([uris[row] not in fair for row in order])
+    biased_N = source_N[order] >= len(config.labels)
     return LabelledPictures(uris=[uris[row] for row in order], labels_NK=known_NK[order] == 1), biased_N
 
 

@@ -79,14 +79,17 @@ def read_labelled(
 ) -> LabelledPictures:
     """Every picture of these labels files (``.parquet``) or folders, once; one that no label calls violating in a
     category is not. Raises UsageError."""
-    uris, known_NK = read_known(sources, categories, endpoint_url)
+    uris, known_NK, _ = read_known(sources, categories, endpoint_url)
     return LabelledPictures(uris=uris, labels_NK=known_NK == 1)
 
 
 def read_known(
     sources: tuple[str, ...], categories: tuple[str, ...], endpoint_url: str | None = None
-) -> tuple[list[str], np.ndarray]:
-    """The same as (uris, labels (N, K) of 1, 0 and ``UNKNOWN``), what several files say of a picture in one row."""
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The same as (uris, labels (N, K) of 1, 0 and ``UNKNOWN``, which source (N,) names each first).
+
+    What several files say of a picture is in one row.
+    """
     tables = [
         read_labels(source, endpoint_url)
         if source.endswith(".parquet")
@@ -105,16 +108,17 @@ def read_known(
     known_NK = np.full((len(names), len(categories)), UNKNOWN, dtype=np.int8)
     known_NK[rows, columns] = said
     both = known_NK[rows, columns] != said
+    ends = np.cumsum([len(table) for table in tables])
     if both.any():
         row = int(np.argmax(both))
-        ends = np.cumsum([len(table) for table in tables])
         same = np.flatnonzero((rows == rows[row]) & (columns == columns[row]))
         where = sorted({sources[int(np.searchsorted(ends, place, side="right"))] for place in same})
         raise UsageError(
             f"labels {', '.join(where)}: {names[int(rows[row])]} is labelled both with and without category "
             f"{categories[int(columns[row])]!r}, and {int(both.sum()) - 1} more are so: remove one of the labels"
         )
-    return names.to_pylist(), known_NK
+    first_N = np.unique(rows, return_index=True)[1]
+    return names.to_pylist(), known_NK, np.searchsorted(ends, first_N, side="right")
 
 
 def split_off(pictures: LabelledPictures, share: float) -> tuple[LabelledPictures, LabelledPictures]:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model
-from torchvision.models.resnet import BasicBlock
 
 Channels = tuple[float, float, float]
 
@@ -44,9 +42,9 @@ class LateResNet(nn.Module):
         self.stem = nn.Sequential(
             *_conv_norm_relu(3, stem[0], first_stride), *_conv_norm_relu(stem[0], stem[1], stride=2)
         )
-        self.layer1 = nn.Sequential(_residual(stem[1], first, stride=2))
-        self.layer2 = nn.Sequential(_residual(first, second, stride=1))
-        self.layer3 = nn.Sequential(_residual(second, third, stride=2), _residual(third, third, stride=1))
+        self.layer1 = nn.Sequential(_Residual(stem[1], first, stride=2))
+        self.layer2 = nn.Sequential(_Residual(first, second, stride=1))
+        self.layer3 = nn.Sequential(_Residual(second, third, stride=2), _Residual(third, third, stride=1))
         self.pool = nn.AdaptiveMaxPool2d(1)
         self.fc = nn.Linear(third, num_classes)
         for module in self.modules():
@@ -62,11 +60,26 @@ def _conv_norm_relu(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
     ]
 
 
-def _residual(inputs: int, outputs: int, *, stride: int) -> BasicBlock:
-    shortcut = None
-    if stride != 1 or inputs != outputs:
-        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-    return BasicBlock(inputs, outputs, stride, shortcut)
+class _Residual(nn.Module):
+    """He, Zhang, Ren and Sun's basic block (CVPR 2016), with the names of torchvision's.
+
+    Not torchvision's own: importing that takes every process that tests as long as torch itself.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(inner)) + self.downsample(x))
 
 
 @dataclass(frozen=True)
@@ -125,9 +138,12 @@ def _late_resnet(
 
 
 def _torchvision(name: str, segments: dict[str, tuple[Step, ...]], head: tuple[Step, ...]) -> TrunkSpec:
-    return TrunkSpec(
-        build=lambda classes: get_model(name, weights=None, num_classes=classes), segments=segments, head=head
-    )
+    def build(classes: int) -> nn.Module:
+        from torchvision.models import get_model  # noqa: PLC0415  it takes as long to import as torch
+
+        return get_model(name, weights=None, num_classes=classes)
+
+    return TrunkSpec(build=build, segments=segments, head=head)
 
 
 def _resnet(name: str) -> TrunkSpec:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta, chi2
-from scipy.stats import f as f_law
+from scipy.special import betaincinv, fdtri, gammaincinv
 
 from models.group_net import GroupNet
 from models.training import Examples, host, host_positives, score_groups, whole_groups
@@ -22,8 +21,8 @@ def interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[f
     if trials == 0:
         return 0.0, 1.0
     tail = (1 - confidence) / 2
-    low = 0.0 if successes <= 0 else float(beta.ppf(tail, successes, trials - successes + 1))
-    high = 1.0 if successes >= trials else float(beta.ppf(1 - tail, successes + 1, trials - successes))
+    low = 0.0 if successes <= 0 else float(betaincinv(successes, trials - successes + 1, tail))
+    high = 1.0 if successes >= trials else float(betaincinv(successes + 1, trials - successes, 1 - tail))
     return low, high
 
 
@@ -63,9 +62,14 @@ def weighted_count_interval(events: Weighted, confidence: float = 0.95) -> tuple
     tail = (1 - confidence) / 2
     (low, low_freedom), (high, high_freedom) = events.low(), events.high()
     return (
-        low / low_freedom * float(chi2.ppf(tail, low_freedom)) if low else 0.0,
-        high / high_freedom * float(chi2.ppf(1 - tail, high_freedom)) if high else 0.0,
+        low / low_freedom * _chi2_quantile(tail, low_freedom) if low else 0.0,
+        high / high_freedom * _chi2_quantile(1 - tail, high_freedom) if high else 0.0,
     )
+
+
+def _chi2_quantile(share: float, freedom: float) -> float:
+    # Of scipy.special alone: scipy.stats takes a second to import, in every scan.
+    return 2 * float(gammaincinv(freedom / 2, share))
 
 
 def weighted_share_interval(part: Weighted, rest: Weighted, confidence: float = 0.95) -> tuple[float, float]:
@@ -82,7 +86,7 @@ def _share_limit(part: tuple[float, float], rest: tuple[float, float], quantile:
     """Of the share when the rest is at this quantile in proportion to the part."""
     if not part[0] or not rest[0]:
         return 0.0 if rest[0] else 1.0
-    ratio = rest[0] / part[0] * float(f_law.ppf(quantile, rest[1], part[1]))
+    ratio = rest[0] / part[0] * float(fdtri(rest[1], part[1], quantile))
     return 1 / (1 + ratio)
 
 

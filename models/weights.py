@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
-from torchvision.models import get_model_weights
 
 from models.backbone import Trunk
 from models.group_net import GroupNet, MergePoint
@@ -127,6 +126,8 @@ def torchvision_state(trunk: str, weights: str = "DEFAULT") -> dict[str, Tensor]
 
     Raises ValueError when there are none of that name, or when they cannot be fetched.
     """
+    from torchvision.models import get_model_weights  # noqa: PLC0415  a scan needs none, and it takes seconds
+
     try:
         known = get_model_weights(trunk)
     except ValueError as error:

@@ -60,6 +60,8 @@ class CorpusConfig:
     """The same seed gives the same pictures."""
     sides: tuple[int, int] = (200, 1600)
     """Shortest and longest side in pixels."""
+    size: tuple[int, int] | None = None
+    """Width and height of every picture, as benchmarks want them; instead of sides."""
     backgrounds: Path | None = None
     """Folder of photographs to stamp; without it the backgrounds are drawn."""
     backgrounds_part: Part = "all"
@@ -82,6 +84,8 @@ class CorpusConfig:
             raise UsageError(f"categories are {self.categories}; name some of {', '.join(EMBLEMS)}, each once")
         if not 32 <= self.sides[0] <= self.sides[1]:
             raise UsageError(f"sides are {self.sides}, but they must be rising and at least 32 px")
+        if self.size is not None and min(self.size) < 32:
+            raise UsageError(f"size is {self.size}, but both sides must be at least 32 px")
 
 
 def make_corpus(config: CorpusConfig) -> int:
@@ -141,7 +145,9 @@ def _write_pictures(config: CorpusConfig, photos: list[Path], indices: np.ndarra
     for index, shown_K in zip(indices.tolist(), shown_NK, strict=True):
         rng = np.random.default_rng([config.seed, index])
         shown = [category for category, there in zip(config.categories, shown_K, strict=True) if there]
-        picture = draw_picture(rng, shown=shown, prohibited=config.categories, sides=config.sides, photos=photos)
+        picture = draw_picture(
+            rng, shown=shown, prohibited=config.categories, sides=config.sides, photos=photos, size=config.size
+        )
         body, suffix = encode(rng, picture)
         uris.append(store.write(f"{index // 1000:04d}/{index:07d}.{suffix}", body))
     return uris
@@ -154,16 +160,16 @@ def draw_picture(
     prohibited: Sequence[str],
     sides: tuple[int, int],
     photos: list[Path],
+    size: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """One picture with the emblems ``shown`` on it, at most two; what is not ``prohibited`` may look alike."""
+    """One picture with the emblems ``shown`` on it, at most two; what is not ``prohibited`` may look alike.
+
+    Of ``size``, or of one between ``sides``.
+    """
     photo = _open_photo(photos[int(rng.integers(len(photos)))]) if photos else None
-    limit = sides[1] if photo is None else min(sides[1], MAX_ENLARGEMENT * max(photo.size))
-    low = min(1.3 * sides[0], sides[1])
-    long_side = math.exp(rng.uniform(math.log(low), math.log(max(low, limit))))
-    short_side = max(sides[0], long_side * rng.uniform(0.6, 1))
-    size = (round(long_side), round(short_side))
-    if rng.random() < 0.35:
-        size = (size[1], size[0])
+    if size is None:
+        limit = sides[1] if photo is None else min(sides[1], MAX_ENLARGEMENT * max(photo.size))
+        size = _draw_size(rng, sides, limit)
     canvas = photo_background(rng, photo, size) if photo else draw_background(rng, size)
     # Look-alikes first, and two emblems side by side: an emblem is never hidden.
     innocent = LOOK_ALIKES | {name: draw for name, draw in EMBLEMS.items() if name not in prohibited}
@@ -173,6 +179,14 @@ def draw_picture(
     for category, region in zip(shown, emblem_regions(canvas.size, len(shown)), strict=True):
         stamp(canvas, rng, EMBLEMS[category], region)
     return canvas
+
+
+def _draw_size(rng: np.random.Generator, sides: tuple[int, int], limit: float) -> tuple[int, int]:
+    low = min(1.3 * sides[0], sides[1])
+    long_side = math.exp(rng.uniform(math.log(low), math.log(max(low, limit))))
+    short_side = max(sides[0], long_side * rng.uniform(0.6, 1))
+    size = (round(long_side), round(short_side))
+    return size if rng.random() >= 0.35 else (size[1], size[0])
 
 
 def emblem_regions(size: tuple[int, int], count: int) -> list[tuple[float, float, float, float]]:

@@ -7,7 +7,6 @@ cost one error row and nothing else.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import re
 import socket
@@ -16,21 +15,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter, deque
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import get_args
+from typing import IO, get_args
 
 import numpy as np
 
 import pipeline.decode_child
 from pipeline.bank import Banks
-from pipeline.decode_child import READY
+from pipeline.decode_child import AHEAD, READY, REQUEST, Arena
 from pipeline.picture import ErrorCode
 from pipeline.plan import Preparation
 from pipeline.window import Image, Window, Work
 
 START_SECONDS = 60
-RECYCLED_AFTER = 2000
+RECYCLED_AFTER = 10_000
 """Files that one child decodes before a fresh one takes its place: a leak in a library stays small."""
 CRASHES = 2
 """Children that must die on a file before the file is to blame."""
@@ -47,7 +47,8 @@ HASH = re.compile(r"([0-9a-f]{64})?")
 class Decoder:
     """``windows -> windows``: pixels at one size for every undecided image that has a payload.
 
-    ``banks``: hash matches that decide before any net does.
+    A few files are with the child at a time, so that it never waits for the next one. ``banks``: hash matches that
+    decide before any net does.
     """
 
     def __init__(self, operator: str, side: int, limits: Preparation, banks: Banks | None = None) -> None:
@@ -55,7 +56,6 @@ class Decoder:
         self.side = side
         self.limits = limits
         self.banks = banks
-        self.hashes: dict[int, tuple[str, int]] = {}
         self.child: _Child | None = None
         self.timeouts, self.hung = 0, 0.0
 
@@ -63,70 +63,85 @@ class Decoder:
         self.timeouts, self.hung = 0, 0.0
         for window in windows:
             began = time.perf_counter()
-            undecided = window.undecided
-            self.hashes = {}
-            decoded = [self._decode(window.images[position]) for position in undecided]
-            kept = [pixels for pixels in decoded if pixels is not None]
-            window.pixels = np.stack(kept) if kept else None
+            images = [window.images[position] for position in window.undecided]
+            hashes = self._decode(window, images)
             window.work.append(
                 Work(
                     operator=self.operator,
-                    images_in=len(undecided),
-                    images_out=len(kept),
+                    images_in=len(images),
+                    images_out=0 if window.pixels is None else len(window.pixels),
                     seconds=time.perf_counter() - began,
                 )
             )
             if self.banks:
-                self.banks.match(window, self.hashes)
+                self.banks.match(window, hashes)
         return windows
 
     def start(self) -> None:
         """Has the child ready before the first file, so that its start is on no batch's account. Raises EOFError."""
-        self._fresh_enough().wait_until_ready()
+        self._fresh_child().wait_until_ready()
 
-    def _decode(self, image: Image) -> np.ndarray | None:
-        """Pixels (side, side, 3), or None when the image has become an error."""
-        assert image.payload is not None
-        if self.hung >= HANGING_SECONDS:
-            image.fail("decode_timeout", f"not tried: other files have hung for {self.hung:.0f} s")
-            return None
-        began = time.monotonic()
-        try:
-            answer, pixels = self._ask(image.payload)
-        except TimeoutError:
-            image.fail("decode_timeout", f"not decoded within {self._deadline():g} s")
-            self.timeouts += 1
-            self.hung += time.monotonic() - began
-            return None
-        except _Crash as crash:
-            image.fail("decode_crash", str(crash))
-            return None
-        if pixels is None:
-            code, detail = answer
-            image.fail(code, detail)
-            return None
-        image.format, image.width, image.height, pdq, quality = answer
-        if pdq:
-            self.hashes[id(image)] = (pdq, quality)
-        return pixels
-
-    def _ask(self, payload: bytes) -> tuple[list, np.ndarray | None]:
-        """A child's answer. One that dies may have been killed by somebody else: the file is tried once more."""
-        last = ""
-        for _ in range(CRASHES):
-            child = self._fresh_enough()
-            try:
-                return child.decode(payload, self._deadline())
-            except TimeoutError:
+    def _decode(self, window: Window, images: list[Image]) -> dict[int, tuple[str, int]]:
+        """Gives the window its pixels, and images without any their error. PDQ hashes by id of the image."""
+        pixels_NSS3 = np.empty((len(images), self.side, self.side, 3), np.uint8)
+        rows = 0
+        hashes: dict[int, tuple[str, int]] = {}
+        waiting, flying = deque(images), deque[Image]()
+        deaths: Counter[int] = Counter()
+        while waiting or flying:
+            if self.hung >= HANGING_SECONDS:
+                for image in (*flying, *waiting):
+                    image.fail("decode_timeout", f"not tried: other files have hung for {self.hung:.0f} s")
                 self._drop_child()
-                raise
+                break
+            began = time.monotonic()
+            try:
+                self._send(waiting, flying)
+                assert self.child is not None
+                answer, pixels = self.child.receive(self._deadline())
+            except TimeoutError:
+                image = flying.popleft()
+                image.fail("decode_timeout", f"not decoded within {self._deadline():g} s")
+                self.timeouts += 1
+                self.hung += time.monotonic() - began
+                self._drop_child()
             except (EOFError, OSError, ValueError, RecursionError):
+                # A child that dies may have been killed by somebody else: the file is tried once more.
                 last = self._drop_child()
-        raise _Crash(f"{CRASHES} decoders died on it, the last with {last}")
+                image = flying[0]
+                deaths[id(image)] += 1
+                if deaths[id(image)] == CRASHES:
+                    flying.popleft()
+                    image.fail("decode_crash", f"{CRASHES} decoders died on it, the last with {last}")
+            else:
+                image = flying.popleft()
+                if pixels is None:
+                    image.fail(*answer)
+                    continue
+                image.format, image.width, image.height, pdq, quality = answer
+                pixels_NSS3[rows] = pixels
+                rows += 1
+                if pdq:
+                    hashes[id(image)] = (pdq, quality)
+                continue
+            # What else the child had been given goes to the next one, in its order.
+            waiting.extendleft(reversed(flying))
+            flying.clear()
+        window.pixels = pixels_NSS3[:rows] if rows else None
+        return hashes
 
-    def _fresh_enough(self) -> _Child:
-        if self.child is not None and self.child.files >= RECYCLED_AFTER:
+    def _send(self, waiting: deque[Image], flying: deque[Image]) -> None:
+        """Gives a child as many files as it takes ahead. Raises OSError or EOFError when it has died."""
+        if self.child is not None and self.child.files >= RECYCLED_AFTER and not flying:
             self._drop_child()
+        child = self._fresh_child()
+        while waiting and len(flying) < AHEAD and (child.files < RECYCLED_AFTER or not flying):
+            image = waiting.popleft()
+            flying.append(image)
+            assert image.payload is not None
+            child.send(image.payload)
+
+    def _fresh_child(self) -> _Child:
         if self.child is None:
             self.child = _Child(self.side, self.limits, hashed=self.banks is not None)
         return self.child
@@ -138,35 +153,40 @@ class Decoder:
 
     def _drop_child(self) -> str:
         """The child's exit status and last word."""
-        assert self.child is not None
+        if self.child is None:
+            return ""
         last = self.child.kill()
         self.child = None
         return last
 
     def __del__(self) -> None:
-        if self.child is not None:
-            self.child.kill()
-
-
-class _Crash(Exception):
-    """The file kills its decoder."""
+        self._drop_child()
 
 
 class _Child:
+    """A decoder process. Files and pixels pass through shared memory, requests and answers through a socket."""
+
     def __init__(self, side: int, limits: Preparation, *, hashed: bool) -> None:
-        self.side, self.limits, self.hashed = side, limits, hashed
         ours, theirs = socket.socketpair()
-        size = side * side * 3
-        with tempfile.TemporaryFile() as shared, theirs:
-            os.ftruncate(shared.fileno(), size)
-            self.pixels = mmap.mmap(shared.fileno(), size)
-            memory = int(limits.decode_gigabytes * 1e9)
-            arguments = [theirs.fileno(), shared.fileno(), size, memory, os.getpid()]
+        capacity = limits.max_megabytes * 1_000_000
+        with _shared_memory() as shared, theirs:
+            arguments = {
+                "connection": theirs.fileno(),
+                "shared": shared.fileno(),
+                "side": side,
+                "capacity": capacity,
+                "memory": int(limits.decode_gigabytes * 1e9),
+                "parent": os.getpid(),
+                "max_pixels": limits.max_megapixels * 1_000_000,
+                "max_frames": limits.max_frames,
+                "hashed": hashed,
+            }
+            self.arena = Arena(shared.fileno(), side, capacity)
             root = str(Path(pipeline.decode_child.__file__).parents[1])
             self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed when the child is killed
             # A script with few imports, not multiprocessing's spawn: that would import Ray's worker again.
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.decode_child", *map(str, arguments)],
+                [sys.executable, "-m", "pipeline.decode_child", json.dumps(arguments)],
                 pass_fds=(theirs.fileno(), shared.fileno()),
                 stdin=subprocess.DEVNULL,
                 stderr=self.stderr,
@@ -181,22 +201,27 @@ class _Child:
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", START_SECONDS, 0))
         self.connection = Connection(ours.detach())
         self.ready = False
-        self.files = 0
+        self.files = self.answers = 0
 
-    def decode(self, payload: bytes, seconds: float) -> tuple[list, np.ndarray | None]:
-        """The child's answer, and the pixels when there are some.
+    def send(self, payload: bytes) -> None:
+        """Gives the child a file more, at most AHEAD before their answers. Raises OSError or EOFError: it has died."""
+        self.wait_until_ready()
+        slot = self.files % AHEAD
+        self.files += 1
+        self.arena.put(slot, payload)
+        self.connection.send_bytes(REQUEST.pack(slot, len(payload)))
 
-        Raises TimeoutError when it takes too long, EOFError or OSError when it has died, ValueError
+    def receive(self, seconds: float) -> tuple[list, np.ndarray | None]:
+        """The answer to the oldest file without one, and its pixels when there are some: valid until the next ``send``.
+
+        Raises TimeoutError when it takes too long, EOFError or OSError when the child has died, ValueError
         when its answer is none.
         """
-        self.wait_until_ready()
-        self.files += 1
-        request = [self.side, self.limits.max_megapixels * 1_000_000, self.limits.max_frames, self.hashed]
-        self.connection.send_bytes(json.dumps(request).encode())
-        self.connection.send_bytes(payload)
         if not self.connection.poll(seconds):
             raise TimeoutError
         answer = json.loads(self.connection.recv_bytes(MAX_ANSWER_BYTES))
+        slot = self.answers % AHEAD
+        self.answers += 1
         if not isinstance(answer, list) or tuple(map(type, answer)) not in (PICTURE, (str, str)):
             raise ValueError(f"the decoder answered {str(answer)[:100]!r}")
         if len(answer) == 2 and answer[0] not in get_args(ErrorCode):
@@ -205,9 +230,7 @@ class _Child:
             raise ValueError(f"the decoder answered with a picture of {answer[1:3]}")
         if len(answer) > 2 and not (HASH.fullmatch(answer[3]) and 0 <= answer[4] <= 100):
             raise ValueError(f"the decoder answered with the hash {answer[3][:100]!r} of quality {answer[4]}")
-        if len(answer) == 2:
-            return answer, None
-        return answer, np.frombuffer(self.pixels, np.uint8).reshape(self.side, self.side, 3).copy()
+        return answer, None if len(answer) == 2 else self.arena.pixels[slot]
 
     def wait_until_ready(self) -> None:
         """The interpreter's start is on no file's account. Raises EOFError."""
@@ -227,3 +250,10 @@ class _Child:
             lines = self.stderr.read().decode(errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"status {status}: {said[:200]}" if said else f"status {status}"
+
+
+def _shared_memory() -> IO[bytes]:
+    """A file without a name: in memory where the system can (a disk would write back what is only passed on)."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("dorfman-decode"), "w+b")
+    return tempfile.TemporaryFile()

@@ -88,7 +88,7 @@ class Driver:
                 attempts=commit.attempts_prefix(self.run_id),
                 run_id=self.run_id,
                 salt=self.frozen["salt"],
-                models=self.models.versions,
+                models=self.models,
                 contents=self._contents(),
                 banks=self._banks(),
             )

@@ -24,6 +24,7 @@ from pipeline.errors import RunError
 from pipeline.examples import PictureReader
 from pipeline.fetch import Fetcher
 from pipeline.plan import Plan, Pool
+from pipeline.preflight import Models
 from pipeline.rows import GroupsToScores, Operator, RefsToWindows, UrisToPictures, WindowsToReceipts, WindowsToWindows
 from pipeline.scoring import GroupScorer
 from pipeline.sink import Sink
@@ -48,7 +49,7 @@ class Destination:
     attempts: str
     run_id: str
     salt: str
-    models: dict[str, tuple[str, str]]
+    models: Models
     contents: Contents | None = None
     """What earlier runs have judged."""
     banks: Banks | None = None
@@ -77,9 +78,17 @@ def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dic
             decoder = watched(name, Decoder, name, stage.input_size, preparation, banks)
             windows = _apply(windows, name, WindowsToWindows, preparation.decode, decoder)
         final = stage is plan.stages[-1]
-        tester = watched(stage.name, GroupStage, stage, plan.categories, final=final, gpu_kind=gpu_kind)
+        tester = watched(
+            stage.name,
+            GroupStage,
+            stage,
+            plan.categories,
+            final=final,
+            gpu_kind=gpu_kind,
+            cost=destination.models.costs[stage.name],
+        )
         windows = _apply(windows, stage.name, WindowsToWindows, stage, tester)
-    named = (destination.attempts, destination.run_id, plan, destination.models, destination.salt)
+    named = (destination.attempts, destination.run_id, plan, destination.models.versions, destination.salt)
     sink = watched("write", Sink, store, *named)
     receipts = _apply(windows, "write", WindowsToReceipts, preparation.write, sink)
     try:

@@ -16,7 +16,7 @@ from pipeline.errors import UsageError
 from pipeline.fetch import Fetcher, WindowRef
 from pipeline.plan import Plan, Preparation
 from pipeline.source import Shard
-from pipeline.stages import check_stage
+from pipeline.stages import StageCost, check_stage, stage_cost
 from pipeline.storage import parse_uri
 from pipeline.store import Store, check_writable
 
@@ -30,9 +30,10 @@ PATIENCE = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """What the run must know of the plan's nets: by stage (version, sha256), and the last one's cost alone."""
+    """What the run must know of the plan's nets: by stage (version, sha256) and cost, and the last one's cost alone."""
 
     versions: dict[str, tuple[str, str]]
+    costs: dict[str, StageCost]
     individual_gmac: float
 
     @property
@@ -47,16 +48,18 @@ def check_models(plan: Plan) -> Models:
     """
     if any(stage.num_gpus for stage in plan.stages):
         accelerator()
-    versions = {}
+    versions, costs = {}, {}
     try:
         for stage in plan.stages:
             net, card = load_net(stage.model)
             check_stage(stage, plan.categories, net, card.categories)
             versions[stage.name] = (card.version, card.sha256)
+            costs[stage.name] = stage_cost(stage, net)
     except (ValueError, RuntimeError, KeyError) as error:
         # RuntimeError and KeyError: weights that do not fit the card's trunk.
         raise UsageError(f"plan {plan.name!r}: {' '.join(str(error).split())[:300]}") from error
-    return Models(versions=versions, individual_gmac=gmac_per_test(net, plan.stages[-1].input_size, 1))
+    individual_gmac = gmac_per_test(net, plan.stages[-1].input_size, 1)
+    return Models(versions=versions, costs=costs, individual_gmac=individual_gmac)
 
 
 def check_apart(source: str, output: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.folding import fold_norms
 from models.group_net import GroupNet
 from models.training import score_groups
 from models.weights import load_net
@@ -42,6 +43,7 @@ class GroupScorer:
 
     def _load(self, model: str) -> tuple[GroupNet, list[int]]:
         net, card = load_net(model)
+        fold_norms(net)  # as a stage does
         net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return net, [card.categories.index(category) for category in self.categories]
 

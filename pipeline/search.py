@@ -19,7 +19,8 @@ from itertools import combinations, pairwise
 import numpy as np
 
 from pipeline.calibration import Prevalence
-from pipeline.layout import SCREENED_WINDOW_IMAGES, WINDOW_IMAGES, holes, padding
+from pipeline.layout import SCREENED_WINDOW_IMAGES, WINDOW_IMAGES
+from pipeline.padding import holes, padding
 from pipeline.scores import Arrangement, Candidate, Cost, Scores, to_logits
 
 MAX_GROUP_STEPS = 3

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from models.cost import embedding_gmac, gmac_per_test
+from models.folding import fold_norms
 from models.group_net import GroupNet, Kept
 from models.weights import load_net
 from pipeline.device import accelerator, open_device
@@ -34,29 +35,40 @@ PixelRows = dict[int, dict[int, int]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """GMAC of one test: of each round, where the later ones reuse what the first one kept; of a round whose tests reuse
+    nothing, the first and the one that a window falls back to; and of one in the second grouping."""
+
+    rounds: tuple[float, ...]
+    fresh: dict[int, float]
+    regroup: float = 0.0
+
+
 class GroupStage:
     """``windows -> windows``. Clears what it finds negative; the final stage flags what it finds positive."""
 
     def __init__(
-        self, spec: StageSpec, categories: tuple[str, ...], *, final: bool, gpu_kind: str | None = None
+        self,
+        spec: StageSpec,
+        categories: tuple[str, ...],
+        *,
+        final: bool,
+        gpu_kind: str | None = None,
+        cost: StageCost | None = None,
     ) -> None:
-        """``gpu_kind``: the device of a stage with GPUs, as told by the driver. Raises RunError when there is none."""
+        """``gpu_kind``: the device of a stage with GPUs, as told by the driver; ``cost``: as it has been counted there.
+
+        Raises RunError when there is no such device.
+        """
         self.spec = spec
         self.final = final
         self.net, card = load_net(spec.model)
         check_stage(spec, categories, self.net, card.categories)
         self.columns = [card.categories.index(category) for category in categories]
         self.thresholds = np.array([spec.thresholds[category] for category in categories]).T
-        self.gmac = round_gmac(spec, self.net)
-        # Of a test that reuses nothing, by round: the first, and the one that a window falls back to.
-        self.fresh_gmac = {0: self.gmac[0]}
-        if spec.burst is not None:
-            size = spec.burst.group_size
-            self.fresh_gmac[spec.rounds.index(size)] = gmac_per_test(self.net, spec.input_size, size)
-        # Of a test in the second grouping.
-        self.regroup_gmac = 0.0
-        if spec.groupings == 2:
-            self.regroup_gmac = self.gmac[0] - spec.rounds[0] * embedding_gmac(self.net, spec.input_size)
+        self.cost = cost or stage_cost(spec, self.net)
+        fold_norms(self.net)
         # Halved whenever the device runs out of memory.
         self.batch_images = spec.batch_images
         self.device = torch.device("cpu")
@@ -158,7 +170,7 @@ class GroupStage:
         logits_GK, batches = self._test(groups, size, pixel_rows)
         positive_G = self._judge(number, groups, self._to_scores(logits_GK))
         kept = Kept() if self._is_last(number) else self._keep_positive(batches, positive_G, size)
-        return _Tested(groups, np.full(len(groups), self.fresh_gmac[number]), positive_G, kept)
+        return _Tested(groups, np.full(len(groups), self.cost.fresh[number]), positive_G, kept)
 
     def _test_again(self, number: int, before: list[_Tested]) -> _Tested:
         """Tests the parts of positive groups from the features that their tests have kept."""
@@ -170,7 +182,7 @@ class GroupStage:
         present_G = np.array([group.size > 0 for group in groups], dtype=bool)
         positive_G = self._judge(number, groups, self._to_scores(logits_GK)) & present_G
         kept = Kept() if self._is_last(number) else _take(kept, positive_G, size)
-        return _Tested(groups, np.where(present_G, self.gmac[number], 0.0), positive_G, kept)
+        return _Tested(groups, np.where(present_G, self.cost.rounds[number], 0.0), positive_G, kept)
 
     def _is_last(self, number: int) -> bool:
         return number + 1 == len(self.spec.rounds)
@@ -192,7 +204,7 @@ class GroupStage:
         positive = np.concatenate(
             [self._judge(0, first, self._to_scores(logits_GK)), self._judge(0, second, self._to_scores(again_GK))]
         )
-        gmac_G = np.repeat([self.gmac[0], self.regroup_gmac], [len(first), len(second)])
+        gmac_G = np.repeat([self.cost.rounds[0], self.cost.regroup], [len(first), len(second)])
         seconds = time.perf_counter() - began
         self._account(0, windows, entered, [_Tested(first + second, gmac_G, positive, Kept())], seconds)
 
@@ -377,11 +389,16 @@ def _pad(units: Tensor, length: int) -> Tensor:
     return torch.cat([units, units.new_zeros(length - len(units), *units.shape[1:])])
 
 
-def round_gmac(spec: StageSpec, net: GroupNet) -> list[float]:
-    """GMAC of one test of each round; later rounds reuse what the first one kept."""
-    first = spec.rounds[0]
-    later = [gmac_per_test(net, spec.input_size, size, reused_from=first) for size in spec.rounds[1:]]
-    return [gmac_per_test(net, spec.input_size, first), *later]
+def stage_cost(spec: StageSpec, net: GroupNet) -> StageCost:
+    """Takes seconds, for torch's counter imports its compiler."""
+    first, size = spec.rounds[0], spec.input_size
+    later = [gmac_per_test(net, size, part, reused_from=first) for part in spec.rounds[1:]]
+    rounds = (gmac_per_test(net, size, first), *later)
+    fresh = {0: rounds[0]}
+    if spec.burst is not None:
+        fresh[spec.rounds.index(spec.burst.group_size)] = gmac_per_test(net, size, spec.burst.group_size)
+    regroup = rounds[0] - first * embedding_gmac(net, size) if spec.groupings == 2 else 0.0
+    return StageCost(rounds=rounds, fresh=fresh, regroup=regroup)
 
 
 def check_stage(spec: StageSpec, categories: tuple[str, ...], net: GroupNet, known: tuple[str, ...]) -> None:

@@ -92,6 +92,13 @@ def test_a_corpus_is_the_same_for_a_seed_on_any_number_of_cores(tmp_path):
     assert sorted(set(labels["uri"].to_pylist())) == sorted((tmp_path / "a" / path).as_uri() for path in files["a"])
 
 
+def test_every_picture_has_the_size_that_was_asked_for():
+    for index in range(8):
+        rng = np.random.default_rng([3, index])
+        picture = draw_picture(rng, shown=["star"], prohibited=ALL, sides=(200, 1600), photos=[], size=(500, 375))
+        assert picture.size == (500, 375)
+
+
 def test_categories_take_turns_and_some_pictures_show_two():
     shown_NK = choose_categories(CorpusConfig(output="x", images=9000, prevalence=0.2, seed=1, categories=ALL))
     counts_N = shown_NK.sum(axis=1)
@@ -171,6 +178,7 @@ def encode_png(picture: Image.Image) -> bytes:
         ({"images": 0}, "at least 1"),
         ({"prevalence": 1.5}, "between 0 and 1"),
         ({"sides": (300, 200)}, "rising"),
+        ({"size": (500, 20)}, "at least 32"),
         ({"categories": ("moon",)}, "name some of"),
     ],
 )

@@ -23,7 +23,8 @@ from pipeline.calibrate import (
 )
 from pipeline.errors import UsageError
 from pipeline.examples import LabelledPictures, read_labelled
-from pipeline.layout import holes, padded, padding, windows_per_call
+from pipeline.layout import padded, windows_per_call
+from pipeline.padding import holes, padding
 from pipeline.plan import load_plan
 from pipeline.plan_file import to_plan
 from pipeline.plan_job import PlanConfig, plan_from_scores

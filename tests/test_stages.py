@@ -358,7 +358,7 @@ def test_an_image_goes_on_when_both_its_groups_are_positive(model):
     assert {len(w.images[place].tests) for place in flagged} == {2}
     assert all(image.outcome in ("flagged", "cleared", "error") for image in w.images)
     (work,) = w.work
-    whole, again = stage.gmac[0], stage.regroup_gmac
+    whole, again = stage.cost.rounds[0], stage.cost.regroup
     assert work.tests == 14 and work.images_in == 99 and 0 < again < whole
     assert work.gmac == pytest.approx(7 * (whole + again))
     assert whole - again == pytest.approx(16 * (stage_embedding(stage)))

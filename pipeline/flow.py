@@ -25,7 +25,16 @@ from pipeline.examples import PictureReader
 from pipeline.fetch import Fetcher
 from pipeline.plan import Plan, Pool
 from pipeline.preflight import Models
-from pipeline.rows import GroupsToScores, Operator, RefsToWindows, UrisToPictures, WindowsToReceipts, WindowsToWindows
+from pipeline.rows import (
+    GroupsToScores,
+    Operator,
+    RefsToReceipts,
+    RefsToWindows,
+    UrisToPictures,
+    Watched,
+    WindowsToReceipts,
+    WindowsToWindows,
+)
 from pipeline.scoring import GroupScorer
 from pipeline.sink import Sink
 from pipeline.source import Shard
@@ -37,6 +46,8 @@ from pipeline.watch import Watch
 NO_PROGRESS_SECONDS = 420
 MAX_SOURCE_BLOCKS = 10_000
 PICTURES_PER_ROW = 128
+CALLS = 2
+"""Of a fused actor at one time: while one waits for its decoder, the other fetches or is tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,34 +74,14 @@ def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dic
     """
     _configure()
     watch = Watch()
-    store, preparation = destination.store, plan.preparation
-
-    def watched(name: str, build: Callable, *args: Any, **options: Any) -> tuple:
-        return build, args, options, name, watch
-
-    gpu_kind = accelerator()
-    fetcher = watched("fetch", Fetcher, store, destination.endpoint_url, preparation, destination.contents)
-    windows = _apply(_source(refs), "fetch", RefsToWindows, preparation.fetch, fetcher)
-    for stage in plan.stages:
-        if stage.name in decode_points(plan):
-            name = f"decode:{stage.name}"
-            banks = destination.banks if stage is plan.stages[0] else None
-            decoder = watched(name, Decoder, name, stage.input_size, preparation, banks)
-            windows = _apply(windows, name, WindowsToWindows, preparation.decode, decoder)
-        final = stage is plan.stages[-1]
-        tester = watched(
-            stage.name,
-            GroupStage,
-            stage,
-            plan.categories,
-            final=final,
-            gpu_kind=gpu_kind,
-            cost=destination.models.costs[stage.name],
-        )
-        windows = _apply(windows, stage.name, WindowsToWindows, stage, tester)
-    named = (destination.attempts, destination.run_id, plan, destination.models.versions, destination.salt)
-    sink = watched("write", Sink, store, *named)
-    receipts = _apply(windows, "write", WindowsToReceipts, preparation.write, sink)
+    steps = _steps(plan, destination)
+    if plan.fused:
+        whole: tuple = ([step.built for step in steps], watch)
+        receipts = _apply(_source(refs), "scan", RefsToReceipts, plan.fused, whole, calls=CALLS)
+    else:
+        receipts = _source(refs)
+        for step in steps:
+            receipts = _apply(receipts, step.name, step.adapter, step.pool, (*step.built, watch))
     try:
         yield from receipts.iter_rows()
     except ExecutionTimeoutError as error:
@@ -99,8 +90,53 @@ def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dic
         ) from error
 
 
-def _apply(data: Dataset, name: str, adapter: type[Operator], pool: Pool, operator: tuple) -> Dataset:
-    """One operator: an actor pool that calls ``adapter(*operator)`` with batches of rows."""
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """One operator of the scan: how an actor builds it, and which pool and adapter it has when it stands alone."""
+
+    name: str
+    build: Callable
+    args: tuple
+    options: dict[str, Any]
+    adapter: type[Watched]
+    pool: Pool
+
+    @property
+    def built(self) -> tuple:
+        return self.build, self.args, self.options, self.name
+
+
+def _steps(plan: Plan, destination: Destination) -> list[_Step]:
+    store, preparation, models = destination.store, plan.preparation, destination.models
+    steps: list[_Step] = []
+
+    def add(name: str, pool: Pool, adapter: type[Watched], build: Callable, *args: Any, **options: Any) -> None:
+        steps.append(_Step(name=name, build=build, args=args, options=options, adapter=adapter, pool=pool))
+
+    known = destination.contents
+    add("fetch", preparation.fetch, RefsToWindows, Fetcher, store, destination.endpoint_url, preparation, known)
+    gpu_kind, points = accelerator(), decode_points(plan)
+    for stage in plan.stages:
+        if stage.name in points:
+            name = f"decode:{stage.name}"
+            banks = destination.banks if stage is plan.stages[0] else None
+            add(name, preparation.decode, WindowsToWindows, Decoder, name, stage.input_size, preparation, banks)
+        told = {"final": stage is plan.stages[-1], "gpu_kind": gpu_kind, "cost": models.costs[stage.name]}
+        add(stage.name, stage, WindowsToWindows, GroupStage, stage, plan.categories, **told)
+    named = (destination.attempts, destination.run_id, plan, models.versions, destination.salt)
+    add("write", preparation.write, WindowsToReceipts, Sink, store, *named)
+    return steps
+
+
+def _apply(
+    data: Dataset,
+    name: str,
+    adapter: type[Operator] | type[RefsToReceipts],
+    pool: Pool,
+    operator: tuple,
+    calls: int = 1,
+) -> Dataset:
+    """One operator: an actor pool that calls ``adapter(*operator)`` with batches of rows, ``calls`` at a time."""
     return data.map_batches(
         # Ray calls actors and metrics after the class: several operators of one name could not be told apart.
         type(name, (adapter,), {}),
@@ -111,7 +147,12 @@ def _apply(data: Dataset, name: str, adapter: type[Operator], pool: Pool, operat
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
         resources=pool.resources or None,
-        compute=ActorPoolStrategy(min_size=pool.actors.min, max_size=pool.actors.max),
+        compute=ActorPoolStrategy(
+            min_size=pool.actors.min,
+            max_size=pool.actors.max,
+            enable_true_multi_threading=calls > 1,
+            max_concurrent_calls_per_actor=calls,
+        ),
     )
 
 
@@ -123,6 +164,8 @@ def decode_points(plan: Plan) -> list[str]:
 
 def pools(plan: Plan) -> list[Pool]:
     """Every actor pool that ``stream`` makes for a plan."""
+    if plan.fused:
+        return [plan.fused]
     preparation = plan.preparation
     decoders = [preparation.decode for _ in decode_points(plan)]
     return [preparation.fetch, *decoders, *plan.stages, preparation.write]

@@ -244,6 +244,9 @@ class Plan(_Strict):
     banks: tuple[BankSpec, ...] = ()
     audit: Audit = Audit()
     certificate: Certificate | None = None
+    fused: Pool | None = None
+    """For nodes without GPUs: one pool whose actors run all operators, each for windows of its own, so that nothing
+    passes through the object store. What the operators' own pools say is not read then."""
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
@@ -272,6 +275,11 @@ class Plan(_Strict):
                     f"stage {stage.name!r}: burst.first_groups is {stage.burst.first_groups}, but a window has no more "
                     f"than {groups} groups, so none could fall back; look at fewer, or give larger windows"
                 )
+        asking = [stage.name for stage in self.stages if stage.num_gpus]
+        if self.fused and asking:
+            raise ValueError(
+                f"fused is for plans without GPUs, but stages {asking} ask for some: leave out fused, or num_gpus"
+            )
         banks = [bank.name for bank in self.banks]
         if len(set(banks)) != len(banks) or not all(banks):
             raise ValueError(f"bank names are {banks}; each bank needs a name of its own")
@@ -300,7 +308,7 @@ class Plan(_Strict):
             stage.model_dump(mode="json", exclude=speed_only | ({"burst"} if stage.burst is None else set()))
             for stage in self.stages
         ]
-        without = {"preparation", "stages", "audit", "certificate"} | (set() if self.banks else {"banks"})
+        without = {"preparation", "stages", "audit", "certificate", "fused"} | (set() if self.banks else {"banks"})
         content = self.model_dump(mode="json", exclude=without) | {
             "limits": self.preparation.model_dump(include=limits),
             "stages": stages,

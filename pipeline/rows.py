@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import Lock
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -80,6 +81,29 @@ class WindowsToWindows(Watched):
 class WindowsToReceipts(Watched):
     def process(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(self.operator(windows_from_table(table)), RECEIPT)
+
+
+class RefsToReceipts:
+    """All operators of a scan, one behind the other: each call takes its windows through all of them.
+
+    Calls may overlap, in threads: one fetches, or has its pictures decoded by the child, while another is tested. An
+    operator has one call at a time.
+    """
+
+    def __init__(self, steps: list[tuple], watch: Watcher) -> None:
+        """``steps``: what a ``Watched`` is made of, by operator."""
+        self.steps = [(name, Operator(build, args, options).operator, Lock()) for build, args, options, name in steps]
+        self.watch = watch
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        windows = list(zip(table["shard"].to_pylist(), table["window"].to_pylist(), strict=True))
+        items = table.to_pylist()
+        for name, operator, lock in self.steps:
+            with lock:
+                self.watch.begin(name, windows)
+                items = operator(items)
+                self.watch.end(name, windows)
+        return pa.Table.from_pylist(items, RECEIPT)
 
 
 class UrisToPictures(Operator):

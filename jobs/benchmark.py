@@ -1,4 +1,4 @@
-"""Measures: ``python -m jobs.benchmark COMMAND``. ``models`` compares group testing nets, ``plans`` plans."""
+"""Measures: ``python -m jobs.benchmark COMMAND``. ``--help`` of each says what."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 from rich.console import Console
 
 from jobs.cli import run_command
+from pipeline.bench_capacity import bench_capacity, capacity_tables
 from pipeline.bench_models import ModelsConfig, bench_models, models_tables
 from pipeline.bench_plans import PlansConfig, bench_plans, plans_table
+from pipeline.bench_scale import ScaleConfig, bench_scale, driver_inputs, growth, scale_table
+from pipeline.capacity import CapacityConfig
 
 # A table of results has a dozen columns: where there is no terminal to fit, it takes what it needs.
 WIDTH = 190
@@ -45,9 +48,28 @@ def run_models(config: ModelsConfig) -> None:
         console.print(f"plans: {config.plans}", soft_wrap=True)
 
 
+def run_scale(config: ScaleConfig) -> None:
+    console = wide_console()
+    result = bench_scale(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    console.print(scale_table(result))
+    least, most = (f"{end(config.keys):,}" for end in (min, max))
+    console.print(f"an image of {most} costs {growth(result['rows']):.3f} of one of {least}", highlight=False)
+    if config.idle:
+        inputs = ", ".join(f"{name}: {value:.4g}" for name, value in driver_inputs(result["rows"]).items())
+        console.print(f"for capacity: {inputs}", highlight=False, soft_wrap=True)
+
+
+def run_capacity(config: CapacityConfig) -> None:
+    console = wide_console()
+    for table in capacity_tables(bench_capacity(config)):
+        console.print(table)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "models": (ModelsConfig, run_models),
     "plans": (PlansConfig, run_plans),
+    "scale": (ScaleConfig, run_scale),
+    "capacity": (CapacityConfig, run_capacity),
 }
 
 if __name__ == "__main__":

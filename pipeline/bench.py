@@ -67,15 +67,20 @@ class Clock:
 
     def _cpu(self) -> float:
         if self.machine:
-            names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
-            with open("/proc/stat") as stat:
-                ticks = dict(zip(names, map(int, stat.readline().split()[1:]), strict=False))
-            busy = sum(ticks.get(name, 0) for name in ("user", "nice", "system", "irq", "softirq"))
-            return busy / os.sysconf("SC_CLK_TCK")
+            return machine_seconds()
         return sum(
             usage.ru_utime + usage.ru_stime
             for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         )
+
+
+def machine_seconds() -> float:
+    """For how long the processors of this machine have been busy, together, since it was started."""
+    names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
+    with open("/proc/stat") as stat:
+        ticks = dict(zip(names, map(int, stat.readline().split()[1:]), strict=False))
+    busy = sum(ticks.get(name, 0) for name in ("user", "nice", "system", "irq", "softirq"))
+    return busy / os.sysconf("SC_CLK_TCK")
 
 
 def take_turns(rivals: Sequence[Rival], repeats: int, say: Say, *, warm_up: bool = True) -> list[dict[str, Any]]:

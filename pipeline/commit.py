@@ -18,8 +18,12 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -107,6 +111,23 @@ def read_frozen(store: Store, run_id: str) -> dict[str, Any] | None:
     return read_json(store, f"{state_prefix(run_id)}/run.json")
 
 
+@dataclass(kw_only=True)
+class _Begun:
+    """A shard of which not every window is there: what its receipts say, and no more, for there may be thousands."""
+
+    windows: set[int] = field(default_factory=set)
+    attempts: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    """By table: key and SHA-256 of each file."""
+    tally: Tally = field(default_factory=Tally)
+
+    def add(self, receipt: dict[str, Any]) -> None:
+        self.windows.update(receipt["windows"])
+        for file in receipt["files"]:
+            key = f"{receipt['attempt']}/{file['table']}.parquet"
+            self.attempts[file["table"]].append((key, file["sha256"]))
+        self.tally.add_work(receipt["work"])
+
+
 class Ledger:
     """The driver's view of one run: which shards are done, and the one way to make another one so."""
 
@@ -118,7 +139,8 @@ class Ledger:
         self.shards = {shard.index: shard for shard in shards}
         self.tally = Tally()
         self.files: list[dict[str, Any]] = []
-        self.receipts: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        self.commit_seconds = 0.0
+        self.begun: dict[int, _Begun] = defaultdict(_Begun)
         self.epoch = self._take_over()
         self.done: set[int] = set()
         self._adopt_markers()
@@ -130,30 +152,37 @@ class Ledger:
     def add(self, receipt: dict[str, Any]) -> Shard | None:
         """Takes one receipt; commits its shard, and returns it, when that was the last one missing."""
         shard = self.shards[receipt["shard"]]
-        seen = {window for earlier in self.receipts[shard.index] for window in earlier["windows"]}
-        new = set(receipt["windows"])
-        if shard.index in self.done or new <= seen:
+        if shard.index in self.done:
             return None
-        if new & seen:
-            raise RunError(f"windows {sorted(new & seen)} of shard {shard.index} came twice, in different calls")
-        self.receipts[shard.index].append(receipt)
-        if len(seen | new) < shard.windows:
+        begun, new = self.begun[shard.index], set(receipt["windows"])
+        if new <= begun.windows:
             return None
-        self._commit_receipts(shard, self.receipts.pop(shard.index))
+        if new & begun.windows:
+            raise RunError(
+                f"windows {sorted(new & begun.windows)} of shard {shard.index} came twice, in different calls"
+            )
+        begun.add(receipt)
+        if len(begun.windows) < shard.windows:
+            return None
+        del self.begun[shard.index]
+        with self._committing():
+            tables = {name: _merge(self.store, name, begun.attempts[name]) for name in schema.TABLES}
+            self._commit(shard, tables, begun.tally)
         return shard
 
     def add_judged(self, shard: Shard) -> None:
         """Commits a shard that earlier runs have judged: its ledger follows from its manifest."""
-        self.check_epoch()
-        manifest = pq.read_table(io.BytesIO(self.store.read(shard.key, shard.sha256)))
-        self._commit(shard, {"ledger": _unchanged(manifest, self.run_id)}, Tally())
+        with self._committing():
+            manifest = pq.read_table(io.BytesIO(self.store.read(shard.key, shard.sha256)))
+            self._commit(shard, {"ledger": _unchanged(manifest, self.run_id)}, Tally())
 
-    def _commit_receipts(self, shard: Shard, receipts: list[dict[str, Any]]) -> None:
+    @contextmanager
+    def _committing(self) -> Iterator[None]:
+        """While a shard is committed nothing else is done here: the seconds are counted."""
+        began = time.perf_counter()
         self.check_epoch()
-        tally = Tally()
-        for receipt in receipts:
-            tally.add_work(receipt["work"])
-        self._commit(shard, {name: self._merge(name, receipts) for name in schema.TABLES}, tally)
+        yield
+        self.commit_seconds += time.perf_counter() - began
 
     def _commit(self, shard: Shard, found: dict[str, pa.Table], tally: Tally) -> None:
         tables = {name: found.get(name, table.empty_table()) for name, table in schema.TABLES.items()}
@@ -173,17 +202,6 @@ class Ledger:
             marker = self._read_marker(self._marker_key(shard.index))
         self._publish(marker["files"])
         self._count(shard.index, marker)
-
-    def _merge(self, name: str, receipts: list[dict[str, Any]]) -> pa.Table:
-        files = [
-            (f"{receipt['attempt']}/{name}.parquet", file["sha256"])
-            for receipt in receipts
-            for file in receipt["files"]
-            if file["table"] == name
-        ]
-        with ThreadPoolExecutor(READERS) as readers:
-            parts = list(readers.map(lambda file: pq.read_table(io.BytesIO(self.store.read(*file))), files))
-        return pa.concat_tables([schema.TABLES[name].empty_table(), *parts]).sort_by(schema.SORT_KEYS[name])
 
     def _reconcile(self, shard: Shard, tables: dict[str, pa.Table], tally: Tally) -> None:
         """Rows = distinct ids = manifest rows, the very same ids; the other tables hold what the ledger says."""
@@ -323,7 +341,16 @@ class Ledger:
 
 def sweep_attempts(store: Store, run_id: str) -> None:
     """Removes what a complete run was merged from."""
-    store.delete(list(store.sizes(attempts_prefix(run_id))))
+    # Shard by shard: of a night's billion images there are millions of attempts.
+    for folder in store.folders(attempts_prefix(run_id)):
+        store.delete(list(store.sizes(f"{attempts_prefix(run_id)}/{folder}")))
+
+
+def _merge(store: Store, name: str, files: list[tuple[str, str]]) -> pa.Table:
+    """One table of a shard, from the key and SHA-256 of each of its attempts' files."""
+    with ThreadPoolExecutor(READERS) as readers:
+        parts = list(readers.map(lambda file: pq.read_table(io.BytesIO(store.read(*file))), files))
+    return pa.concat_tables([schema.TABLES[name].empty_table(), *parts]).sort_by(schema.SORT_KEYS[name])
 
 
 def _unchanged(manifest: pa.Table, run_id: str) -> pa.Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +21,7 @@ from pipeline.cluster import ray_session
 from pipeline.commit import Ledger
 from pipeline.contents import Contents, Part
 from pipeline.errors import RunError, RunStopped, StoreError, UsageError
+from pipeline.fetch import Fetcher
 from pipeline.flow import Destination, pools, stream, window_refs
 from pipeline.limits import Budget, Limits
 from pipeline.plan import Plan
@@ -53,6 +54,7 @@ class Driver:
         endpoint_url: str | None,
         max_outage: float,
         limits: Limits,
+        fetcher: Callable[..., Fetcher] = Fetcher,
     ) -> None:
         self.store = store
         self.endpoint_url = endpoint_url
@@ -60,6 +62,7 @@ class Driver:
         self.frozen = frozen
         self.plan = plan
         self.models = models
+        self.fetcher = fetcher
         shards = [Shard(**shard) for shard in frozen["shards"]]
         self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, max_outage)
         self.committed_before = self.ledger.tally.listed
@@ -91,6 +94,7 @@ class Driver:
                 models=self.models,
                 contents=self._contents(),
                 banks=self._banks(),
+                fetcher=self.fetcher,
             )
             with ray_session(pools(self.plan), f"plan {self.plan.name!r}", self._window_bytes()):
                 for receipt in stream(self.plan, window_refs(self.store, self.ledger.pending), destination):
@@ -157,6 +161,7 @@ class Driver:
             # Of this driver: an earlier one's time, and what it committed, are not counted again.
             "seconds": seconds,
             "startup_seconds": seconds if startup is None else startup,
+            "commit_seconds": self.ledger.commit_seconds,
             "images_per_s": (tally.listed - self.committed_before) / seconds,
             "committed_before": self.committed_before,
             "quality": quality,

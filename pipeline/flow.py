@@ -65,6 +65,8 @@ class Destination:
     """What earlier runs have judged."""
     banks: Banks | None = None
     """What is flagged by its hash, as soon as it is decoded."""
+    fetcher: Callable[..., Fetcher] = Fetcher
+    """What fetches; benchmarks have one that does not."""
 
 
 def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dict[str, Any]]:
@@ -114,7 +116,16 @@ def _steps(plan: Plan, destination: Destination) -> list[_Step]:
         steps.append(_Step(name=name, build=build, args=args, options=options, adapter=adapter, pool=pool))
 
     known = destination.contents
-    add("fetch", preparation.fetch, RefsToWindows, Fetcher, store, destination.endpoint_url, preparation, known)
+    add(
+        "fetch",
+        preparation.fetch,
+        RefsToWindows,
+        destination.fetcher,
+        store,
+        destination.endpoint_url,
+        preparation,
+        known,
+    )
     gpu_kind, points = accelerator(), decode_points(plan)
     for stage in plan.stages:
         if stage.name in points:
@@ -188,25 +199,23 @@ def score_rows(rows: pa.Table, scorer: tuple, pool: Pool) -> Iterator[dict[str, 
 
 def window_refs(store: Store, shards: list[Shard]) -> pa.Table:
     """Where each window of these shards stands in the manifest: a few bytes a window."""
-    columns: dict[str, list] = {name: [] for name in ("shard", "window", "key", "sha256", "first_row", "rows")}
-    for shard in shards:
-        windows = pq.read_table(io.BytesIO(store.read(shard.key, shard.sha256)), columns=["window"])[
-            "window"
-        ].to_numpy()
-        values, first, counts = np.unique(windows, return_index=True, return_counts=True)
-        columns["shard"] += [shard.index] * len(values)
-        columns["window"] += values.tolist()
-        columns["key"] += [shard.key] * len(values)
-        columns["sha256"] += [shard.sha256] * len(values)
-        columns["first_row"] += first.tolist()
-        columns["rows"] += counts.tolist()
-    return pa.table(columns)
+    return pa.concat_tables([_refs_of(store, shard) for shard in shards])
+
+
+def _refs_of(store: Store, shard: Shard) -> pa.Table:
+    body = io.BytesIO(store.read(shard.key, shard.sha256))
+    windows = pq.read_table(body, columns=["window"])["window"].to_numpy()
+    values, first, counts = np.unique(windows, return_index=True, return_counts=True)
+    there = {"shard": shard.index, "key": shard.key, "sha256": shard.sha256}
+    same = {name: pa.repeat(value, len(values)) for name, value in there.items()}
+    return pa.table(same | {"window": values, "first_row": first, "rows": counts})
 
 
 def _source(refs: pa.Table) -> Dataset:
-    # One table would be one block, and so one task for everything.
+    # One table would be one block, and so one task for everything. Not from_arrow: that runs a task to look at each of
+    # them, for which processes start that nothing else needs.
     rows = math.ceil(refs.num_rows / MAX_SOURCE_BLOCKS)
-    return ray.data.from_arrow([refs.slice(start, rows) for start in range(0, refs.num_rows, rows)])
+    return ray.data.from_blocks([refs.slice(start, rows) for start in range(0, refs.num_rows, rows)])
 
 
 def _configure() -> None:

@@ -7,7 +7,7 @@ import secrets
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from pipeline.driver import Driver, one_line
 from pipeline.earlier import find_earlier, judged_otherwise, write_earlier
 from pipeline.errors import RunError, UsageError
 from pipeline.examples import read_labels
+from pipeline.fetch import Fetcher
 from pipeline.increment import Earlier
 from pipeline.limits import Limits
 from pipeline.plan import Plan, load_plan
@@ -111,8 +112,8 @@ def new_run_id() -> str:
     return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
 
 
-def run_scan(config: ScanConfig) -> dict[str, Any]:
-    """Runs or resumes a scan and returns its run record.
+def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> dict[str, Any]:
+    """Runs or resumes a scan and returns its run record. ``fetcher``: see ``flow.Destination``.
 
     Raises UsageError before anything has begun and RunError afterwards; RunStopped at a limit of the user's.
     """
@@ -148,6 +149,7 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
                 endpoint_url=config.endpoint_url,
                 max_outage=config.max_outage,
                 limits=limits,
+                fetcher=fetcher,
             )
     if record is None:
         record = driver.run(labels, began)

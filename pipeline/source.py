@@ -13,15 +13,18 @@ import hashlib
 import io
 import itertools
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import ne
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from botocore.exceptions import ClientError
@@ -40,9 +43,11 @@ LISTED = pa.schema(
 )
 BLANK = dict.fromkeys(("size_bytes", "etag", "modified_at"))
 """What a source does not tell of an object."""
-LISTED_CHUNK = 50_000
+LISTED_CHUNK = 20_000
 ROW_GROUP = 4096
-SORT_MEMORY = "1GB"
+SORT: dict[str, Any] = {"memory_limit": "200MB", "threads": 4}
+"""Of DuckDB. What does not fit it sorts on disk: whoever drives a scan holds torch and Ray besides, and each of many
+threads would want memory of its own."""
 # Base names that are not listed: bookkeeping of tools, hidden files, tables.
 DEFAULT_EXCLUDE = ("_*", ".*", "*.parquet")
 
@@ -93,11 +98,12 @@ def list_source(source: str, exclude: tuple[str, ...], endpoint_url: str | None)
         rows = _list_folder(Path(location.key))
     else:
         rows = _list_s3(location, endpoint_url)
+    excluded = re.compile("|".join(map(fnmatch.translate, exclude)) or r"(?!)").match
     for row in rows:
         name = row["uri"].rsplit("/", 1)[-1]
         if not name and not row["size_bytes"]:
             continue  # consoles make such objects to show a folder; with content it is an object like any other
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+        if not excluded(name):
             yield row
 
 
@@ -162,23 +168,42 @@ def _list_s3(location: Location, endpoint_url: str | None) -> Iterator[dict[str,
 def _list_table(location: Location, endpoint_url: str | None) -> Iterator[dict[str, Any]]:
     """A file of uris: column ``uri``, and ``size_bytes``, ``etag``, ``modified_at`` where it has them."""
     try:
-        body = io.BytesIO(read_object(location, endpoint_url))
-        table = pq.read_table(body) if location.key.endswith(".parquet") else pyarrow.csv.read_csv(body)
+        with open(location.key, "rb") if location.bucket is None else _remote(location, endpoint_url) as body:
+            for table in _uri_tables(location, body):
+                yield from _uri_rows(location, table)
     except FileNotFoundError as error:
         raise UsageError(f"source {location.uri}: no such file") from error
     except pa.ArrowException as error:
         raise UsageError(f"source {location.uri}: cannot be read as a table of uris: {error}") from error
-    if "uri" not in table.column_names:
-        raise UsageError(f"source {location.uri}: no column 'uri' among {table.column_names}")
-    columns = [
-        field
-        for field in LISTED
-        if field.name in table.column_names and field.name not in ("image_id", "canary", "rank")
-    ]
-    try:
-        table = table.select([field.name for field in columns]).cast(pa.schema(columns))
-    except (pa.ArrowException, ValueError) as error:
-        raise UsageError(f"source {location.uri}: {error}") from error
+
+
+def _remote(location: Location, endpoint_url: str | None) -> io.BytesIO:
+    return io.BytesIO(read_object(location, endpoint_url))
+
+
+def _uri_tables(location: Location, body: BinaryIO) -> Iterator[pa.Table]:
+    """What the file has of ``LISTED``'s columns, some rows at a time: as Python objects a key takes a kilobyte."""
+    batches: Iterable[pa.RecordBatch]
+    if location.key.endswith(".parquet"):
+        file = pq.ParquetFile(body)
+        there, batches = file.schema_arrow.names, file.iter_batches(LISTED_CHUNK)
+    else:
+        # Or an etag of digits would be a number. Sizes of which some are missing are written with a point by some.
+        types = {"uri": pa.string(), "etag": pa.string(), "size_bytes": pa.float64()}
+        reader = pyarrow.csv.open_csv(body, convert_options=pyarrow.csv.ConvertOptions(column_types=types))
+        there, batches = reader.schema.names, reader
+    if "uri" not in there:
+        raise UsageError(f"source {location.uri}: no column 'uri' among {there}")
+    told = ("uri", "size_bytes", "etag", "modified_at")
+    columns = pa.schema([LISTED.field(name) for name in told if name in there])
+    for batch in batches:
+        try:
+            yield pa.Table.from_batches([batch]).select(columns.names).cast(columns)
+        except (pa.ArrowException, ValueError) as error:
+            raise UsageError(f"source {location.uri}: {error}") from error
+
+
+def _uri_rows(location: Location, table: pa.Table) -> Iterator[dict[str, Any]]:
     for row in table.to_pylist():
         if not row["uri"]:
             raise UsageError(f"source {location.uri}: a row has no uri")
@@ -204,22 +229,21 @@ def build_manifest(
         listed = Path(folder) / "listed"
         listed.mkdir()
         _spool(rows, salt, listed)
-        writer = _ShardWriter(store, prefix, shard_size)
+        writer = _ShardWriter(store, prefix)
+        cutter = _Cutter(window, shard_size)
         duplicates = canaries = 0
         last_id = None
-        cutter = _WindowCutter(window)
         increment = None
         if any(listed.iterdir()):
-            with duckdb.connect(config={"memory_limit": SORT_MEMORY, "temp_directory": f"{folder}/sort"}) as connection:
+            with duckdb.connect(config=SORT | {"temp_directory": f"{folder}/sort"}) as connection:
                 match(connection, listed, earlier)
-                for row in _rows(ordered(connection)):
-                    if row["image_id"] == last_id:
-                        duplicates += 1
-                        continue
-                    last_id = row["image_id"]
-                    canaries += row["canary"]
-                    judged = row["judged_run_id"] is not None
-                    writer.add(row, cutter.next_window(0 if judged else row["size_bytes"] or 0, judged=judged))
+                for batch in ordered(connection).to_arrow_reader(LISTED_CHUNK):
+                    ids = batch["image_id"].to_pylist()
+                    once = pa.Table.from_batches([batch]).filter(list(map(ne, ids, [last_id, *ids])))
+                    last_id = ids[-1]
+                    duplicates += len(ids) - len(once)
+                    canaries += pc.sum(once["canary"]).as_py() or 0
+                    writer.add(cutter.cut(once))
                 increment = count(connection) if earlier else None
         return Manifest(
             shards=tuple(writer.close()),
@@ -228,11 +252,6 @@ def build_manifest(
             largest_window_bytes=cutter.largest_bytes,
             increment=increment,
         )
-
-
-def _rows(relation: duckdb.DuckDBPyRelation) -> Iterator[dict[str, Any]]:
-    for batch in relation.to_arrow_reader(LISTED_CHUNK):
-        yield from batch.to_pylist()
 
 
 def _spool(rows: Iterable[dict[str, Any]], salt: str, folder: Path) -> None:
@@ -257,62 +276,92 @@ def manifest_bytes(rows: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-class _WindowCutter:
-    def __init__(self, spec: WindowSpec) -> None:
-        self.spec = spec
+class _Cutter:
+    """Where in the manifest each image stands: its window and its shard, which is a run of whole windows."""
+
+    def __init__(self, spec: WindowSpec, shard_size: int) -> None:
+        self.spec, self.shard_size = spec, shard_size
         self.window, self.images, self.bytes = 0, 0, 0
+        self.shard, self.shard_images = 0, 0
+        self.ordinal = 0
         self.judged = False
         self.largest_bytes = 0
 
-    def next_window(self, size_bytes: int, *, judged: bool) -> int:
-        """The window of the next image."""
+    def cut(self, rows: pa.Table) -> pa.Table:
+        """The next rows, as ``schema.MANIFEST``."""
+        judged = rows["judged_run_id"].is_valid()
+        sizes = pc.if_else(judged, 0, rows["size_bytes"].fill_null(0))
+        places = list(map(self._next, sizes.to_pylist(), judged.to_pylist()))
+        placed = {
+            "ordinal": range(self.ordinal, self.ordinal + len(rows)),
+            "window": [window for window, _ in places],
+            "shard": [shard for _, shard in places],
+        }
+        self.ordinal += len(rows)
+        columns = {name: rows[name] for name in rows.column_names if name != "rank"}
+        return pa.table(columns | placed).select(MANIFEST.names).cast(MANIFEST)
+
+    def _next(self, size_bytes: int, judged: bool) -> tuple[int, int]:
         full = self.images == self.spec.images
         heavy = self.images > 0 and self.bytes + size_bytes > self.spec.megabytes * 1_000_000
         other = self.images > 0 and judged != self.judged
         if full or heavy or other:
             self.window, self.images, self.bytes = self.window + 1, 0, 0
+            if other or self.shard_images >= self.shard_size:
+                self.shard, self.shard_images = self.shard + 1, 0
         self.judged = judged
         self.images += 1
+        self.shard_images += 1
         self.bytes += size_bytes
         self.largest_bytes = max(self.largest_bytes, self.bytes)
-        return self.window
+        return self.window, self.shard
 
 
 class _ShardWriter:
-    """Collects rows until a window ends at or past the wanted shard size, or the judged ones begin."""
+    """One file for each shard. Its rows are compressed as they come: there may be a million."""
 
-    def __init__(self, store: Store, prefix: str, shard_size: int) -> None:
-        self.store, self.prefix, self.shard_size = store, prefix, shard_size
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, store: Store, prefix: str) -> None:
+        self.store, self.prefix = store, prefix
         self.shards: list[Shard] = []
-        self.ordinal = 0
+        self.open: _OpenShard | None = None
 
-    def add(self, row: dict[str, Any], window: int) -> None:
-        if self.rows and self.rows[-1]["window"] != window:
-            full = len(self.rows) >= self.shard_size
-            if full or (self.rows[-1]["judged_run_id"] is None) != (row["judged_run_id"] is None):
-                self._flush()
-        del row["rank"]
-        self.rows.append(row | {"ordinal": self.ordinal, "window": window, "shard": len(self.shards)})
-        self.ordinal += 1
+    def add(self, rows: pa.Table) -> None:
+        """``rows``: of ``schema.MANIFEST``, in order."""
+        for index in rows["shard"].unique().to_pylist():
+            if self.open is None or index > len(self.shards):
+                self.close()
+                self.open = _OpenShard()
+            self.open.add(rows.filter(pc.equal(rows["shard"], index)))
 
     def close(self) -> list[Shard]:
-        if self.rows:
-            self._flush()
+        """Ends the shard that is open, and gives all of them."""
+        if self.open is not None:
+            index = len(self.shards)
+            key = f"{self.prefix}/shard-{index:05d}.parquet"
+            body = self.open.close()
+            self.store.write(key, body)
+            images, windows, judged = self.open.images, len(self.open.windows), self.open.judged
+            self.shards.append(
+                Shard(index=index, images=images, windows=windows, key=key, sha256=digest(body), judged=judged)
+            )
+            self.open = None
         return self.shards
 
-    def _flush(self) -> None:
-        index = len(self.shards)
-        key = f"{self.prefix}/shard-{index:05d}.parquet"
-        body = manifest_bytes(pa.Table.from_pylist(self.rows, MANIFEST))
-        self.store.write(key, body)
-        shard = Shard(
-            index=index,
-            images=len(self.rows),
-            windows=self.rows[-1]["window"] - self.rows[0]["window"] + 1,
-            key=key,
-            sha256=digest(body),
-            judged=self.rows[-1]["judged_run_id"] is not None,
-        )
-        self.shards.append(shard)
-        self.rows = []
+
+class _OpenShard:
+    def __init__(self) -> None:
+        self.buffer = io.BytesIO()
+        self.file = pq.ParquetWriter(self.buffer, MANIFEST, compression="zstd")
+        self.images = 0
+        self.windows: set[int] = set()
+        self.judged = False
+
+    def add(self, rows: pa.Table) -> None:
+        self.file.write_table(rows, row_group_size=ROW_GROUP)
+        self.images += len(rows)
+        self.windows.update(rows["window"].unique().to_pylist())
+        self.judged = rows["judged_run_id"][-1].is_valid
+
+    def close(self) -> bytes:
+        self.file.close()
+        return self.buffer.getvalue()

@@ -166,7 +166,7 @@ class Ledger:
             return None
         del self.begun[shard.index]
         with self._committing():
-            tables = {name: _merge(self.store, name, begun.attempts[name]) for name in schema.TABLES}
+            tables = {name: self._merge(name, begun.attempts[name]) for name in schema.TABLES}
             self._commit(shard, tables, begun.tally)
         return shard
 
@@ -202,6 +202,12 @@ class Ledger:
             marker = self._read_marker(self._marker_key(shard.index))
         self._publish(marker["files"])
         self._count(shard.index, marker)
+
+    def _merge(self, name: str, files: list[tuple[str, str]]) -> pa.Table:
+        """One table of a shard, from the key and SHA-256 of each of its attempts' files."""
+        with ThreadPoolExecutor(READERS) as readers:
+            parts = list(readers.map(lambda file: pq.read_table(io.BytesIO(self.store.read(*file))), files))
+        return pa.concat_tables([schema.TABLES[name].empty_table(), *parts]).sort_by(schema.SORT_KEYS[name])
 
     def _reconcile(self, shard: Shard, tables: dict[str, pa.Table], tally: Tally) -> None:
         """Rows = distinct ids = manifest rows, the very same ids; the other tables hold what the ledger says."""
@@ -344,13 +350,6 @@ def sweep_attempts(store: Store, run_id: str) -> None:
     # Shard by shard: of a night's billion images there are millions of attempts.
     for folder in store.folders(attempts_prefix(run_id)):
         store.delete(list(store.sizes(f"{attempts_prefix(run_id)}/{folder}")))
-
-
-def _merge(store: Store, name: str, files: list[tuple[str, str]]) -> pa.Table:
-    """One table of a shard, from the key and SHA-256 of each of its attempts' files."""
-    with ThreadPoolExecutor(READERS) as readers:
-        parts = list(readers.map(lambda file: pq.read_table(io.BytesIO(store.read(*file))), files))
-    return pa.concat_tables([schema.TABLES[name].empty_table(), *parts]).sort_by(schema.SORT_KEYS[name])
 
 
 def _unchanged(manifest: pa.Table, run_id: str) -> pa.Table:

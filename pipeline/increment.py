@@ -8,6 +8,7 @@ Both tables may be larger than memory; DuckDB joins them out of core.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,21 +17,20 @@ import duckdb
 
 from pipeline.schema import EARLIER
 
-# Image ids of ``listed`` once each, with what stands of them in ``earlier``.
-_MATCHED = """
-    SELECT l.image_id, l.uri, l.traceable AND e.image_id IS NOT NULL AS same, e.judged_run_id
-    FROM (SELECT DISTINCT ON (image_id) image_id, uri, traceable FROM listed WHERE NOT canary) AS l
-    LEFT JOIN earlier AS e ON e.image_id = l.image_id
+# What has become of the listed objects, image ids once each, and which run judged the unchanged ones.
+_COUNTS = """
+    SELECT CASE WHEN same AND judged_run_id IS NOT NULL THEN 'unchanged'
+                WHEN same THEN 'unjudged'
+                WHEN seen.uri IS NULL THEN 'new'
+                ELSE 'changed' END AS what,
+           CASE WHEN same THEN judged_run_id END AS judged_by, count(*)
+    FROM (SELECT l.uri, l.traceable AND e.image_id IS NOT NULL AS same, e.judged_run_id
+          FROM (SELECT DISTINCT ON (image_id) image_id, uri, traceable FROM listed WHERE NOT canary) AS l
+          LEFT JOIN earlier AS e ON e.image_id = l.image_id) AS m
+    LEFT JOIN (SELECT DISTINCT uri FROM earlier) AS seen ON seen.uri = m.uri
+    GROUP BY ALL
 """
-_COUNTS = f"""
-    SELECT count(*) FILTER (same AND judged_run_id IS NOT NULL),
-           count(*) FILTER (NOT same AND seen.uri IS NULL),
-           count(*) FILTER (NOT same AND seen.uri IS NOT NULL),
-           count(*) FILTER (same AND judged_run_id IS NULL)
-    FROM ({_MATCHED}) AS m LEFT JOIN (SELECT DISTINCT uri FROM earlier) AS seen ON seen.uri = m.uri
-"""
-_DELETED = "SELECT count(DISTINCT uri) FROM earlier WHERE uri NOT IN (SELECT uri FROM listed)"
-_JUDGED_BY = f"SELECT judged_run_id, count(*) FROM ({_MATCHED}) WHERE same AND judged_run_id IS NOT NULL GROUP BY 1"
+_DELETED = "SELECT count(DISTINCT uri) FROM earlier ANTI JOIN listed USING (uri)"
 # Judged objects come last: what is tested fills whole windows.
 _ORDERED = """
     SELECT l.* EXCLUDE (traceable), e.judged_run_id, e.judged_outcome, e.sha256 FROM listed AS l
@@ -83,15 +83,17 @@ def ordered(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
 
 
 def count(connection: duckdb.DuckDBPyConnection) -> Increment:
-    row = connection.execute(_COUNTS).fetchone()
+    counts = connection.execute(_COUNTS).fetchall()
     gone = connection.execute(_DELETED).fetchone()
-    assert row is not None and gone is not None
-    unchanged, new, changed, unjudged = row
+    assert gone is not None
+    total: Counter[str] = Counter()
+    for what, _, images in counts:
+        total[what] += images
     return Increment(
-        unchanged=unchanged,
-        new=new,
-        changed=changed,
-        unjudged=unjudged,
+        unchanged=total["unchanged"],
+        new=total["new"],
+        changed=total["changed"],
+        unjudged=total["unjudged"],
         deleted=gone[0],
-        judged_by=dict(sorted(connection.execute(_JUDGED_BY).fetchall())),
+        judged_by={run_id: images for what, run_id, images in sorted(counts) if what == "unchanged"},
     )

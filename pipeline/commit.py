@@ -20,7 +20,7 @@ import io
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from pipeline import schema
 from pipeline.codes import OUTAGE
 from pipeline.errors import RunError, UsageError
+from pipeline.merge import GROUP_ROWS, in_order, write_ledger
 from pipeline.sink import table_bytes
 from pipeline.source import Shard
 from pipeline.store import Store, digest
@@ -111,20 +112,23 @@ def read_frozen(store: Store, run_id: str) -> dict[str, Any] | None:
     return read_json(store, f"{state_prefix(run_id)}/run.json")
 
 
+Attempt = tuple[int, str, str]
+"""Of one table: its first window, key and SHA-256."""
+
+
 @dataclass(kw_only=True)
 class _Begun:
     """A shard of which not every window is there: what its receipts say, and no more, for there may be thousands."""
 
     windows: set[int] = field(default_factory=set)
-    attempts: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
-    """By table: key and SHA-256 of each file."""
+    attempts: dict[str, list[Attempt]] = field(default_factory=lambda: defaultdict(list))
     tally: Tally = field(default_factory=Tally)
 
     def add(self, receipt: dict[str, Any]) -> None:
         self.windows.update(receipt["windows"])
         for file in receipt["files"]:
             key = f"{receipt['attempt']}/{file['table']}.parquet"
-            self.attempts[file["table"]].append((key, file["sha256"]))
+            self.attempts[file["table"]].append((min(receipt["windows"]), key, file["sha256"]))
         self.tally.add_work(receipt["work"])
 
 
@@ -166,15 +170,17 @@ class Ledger:
             return None
         del self.begun[shard.index]
         with self._committing():
-            tables = {name: self._merge(name, begun.attempts[name]) for name in schema.TABLES}
-            self._commit(shard, tables, begun.tally)
+            tables = {name: self._merge(name, begun.attempts[name]) for name in schema.TABLES if name != "ledger"}
+            self._commit(shard, in_order(self._read(sorted(begun.attempts["ledger"]))), tables, begun.tally)
         return shard
 
     def add_judged(self, shard: Shard) -> None:
         """Commits a shard that earlier runs have judged: its ledger follows from its manifest."""
         with self._committing():
-            manifest = pq.read_table(io.BytesIO(self.store.read(shard.key, shard.sha256)))
-            self._commit(shard, {"ledger": _unchanged(manifest, self.run_id)}, Tally())
+            manifest = pq.ParquetFile(io.BytesIO(self.store.read(shard.key, shard.sha256)))
+            batches = manifest.iter_batches(GROUP_ROWS)
+            ledger = (_unchanged(pa.Table.from_batches([batch]), self.run_id) for batch in batches)
+            self._commit(shard, ledger, {}, Tally())
 
     @contextmanager
     def _committing(self) -> Iterator[None]:
@@ -182,13 +188,21 @@ class Ledger:
         began = time.perf_counter()
         self.check_epoch()
         yield
+        pa.default_memory_pool().release_unused()  # or the driver would hold for ever what one commit takes
         self.commit_seconds += time.perf_counter() - began
 
-    def _commit(self, shard: Shard, found: dict[str, pa.Table], tally: Tally) -> None:
+    def _commit(self, shard: Shard, ledger: Iterable[pa.Table], found: dict[str, pa.Table], tally: Tally) -> None:
+        """``ledger``: its rows in order, some at a time. ``found``: the other tables; one without rows may lack."""
         tables = {name: found.get(name, table.empty_table()) for name, table in schema.TABLES.items()}
-        self._reconcile(shard, tables, tally)
+        # Before the ledger: the file that they are read from takes memory while it is.
+        listed = pq.read_table(io.BytesIO(self.store.read(shard.key, shard.sha256)), columns=["image_id"])["image_id"]
+        body, tables["ledger"] = write_ledger(ledger)
+        self._reconcile(shard, listed, tables, tally)
         folder = f"{attempts_prefix(self.run_id)}/shard-{shard.index:05d}/merged-{self.epoch:06d}"
-        files = [self._write_merged(shard, folder, name, table) for name, table in tables.items()]
+        files = [
+            self._write_merged(shard, folder, name, table.num_rows, body if name == "ledger" else table_bytes(table))
+            for name, table in tables.items()
+        ]
         marker: dict[str, Any] = {
             "shard": shard.index,
             "manifest_sha256": shard.sha256,
@@ -203,24 +217,32 @@ class Ledger:
         self._publish(marker["files"])
         self._count(shard.index, marker)
 
-    def _merge(self, name: str, files: list[tuple[str, str]]) -> pa.Table:
-        """One table of a shard, from the key and SHA-256 of each of its attempts' files."""
-        with ThreadPoolExecutor(READERS) as readers:
-            parts = list(readers.map(lambda file: pq.read_table(io.BytesIO(self.store.read(*file))), files))
-        return pa.concat_tables([schema.TABLES[name].empty_table(), *parts]).sort_by(schema.SORT_KEYS[name])
+    def _merge(self, name: str, files: list[Attempt]) -> pa.Table:
+        """One table of a shard, which is no ledger."""
+        return pa.concat_tables([schema.TABLES[name].empty_table(), *self._read(files)]).sort_by(schema.SORT_KEYS[name])
 
-    def _reconcile(self, shard: Shard, tables: dict[str, pa.Table], tally: Tally) -> None:
+    def _read(self, files: list[Attempt]) -> Iterator[pa.Table]:
+        """The attempts' rows, in the order of ``files``, ``READERS`` of them at a time."""
+        with ThreadPoolExecutor(READERS) as readers:
+            for first in range(0, len(files), READERS):
+                bodies = readers.map(lambda file: self.store.read(*file[1:]), files[first : first + READERS])
+                # Here, in one thread: what each of many allocates it keeps.
+                yield pa.concat_tables(pq.read_table(io.BytesIO(body), use_threads=False) for body in bodies)
+
+    def _reconcile(self, shard: Shard, listed: pa.ChunkedArray, tables: dict[str, pa.Table], tally: Tally) -> None:
         """Rows = distinct ids = manifest rows, the very same ids; the other tables hold what the ledger says."""
         ledger = tables["ledger"]
-        manifest = pq.read_table(io.BytesIO(self.store.read(shard.key, shard.sha256)), columns=["image_id"])
-        distinct = pc.count_distinct(ledger["image_id"]).as_py()
-        if not ledger.num_rows == distinct == manifest.num_rows == shard.images:
+        # A listing names no id twice, so equal columns say all of it; a hash of every id would take most of the memory.
+        if not ledger["image_id"].equals(listed):
+            distinct = pc.count_distinct(ledger["image_id"]).as_py()
+            if not ledger.num_rows == distinct == len(listed):
+                raise RunError(
+                    f"shard {shard.index} does not add up: {len(listed)} images listed, "
+                    f"{ledger.num_rows} ledger rows, {distinct} distinct ids"
+                )
             raise RunError(
-                f"shard {shard.index} does not add up: {manifest.num_rows} images listed, "
-                f"{ledger.num_rows} ledger rows, {distinct} distinct ids"
+                f"shard {shard.index}: the ledger holds images that the manifest does not list, or in another order"
             )
-        if not pc.all(pc.is_in(ledger["image_id"], manifest["image_id"])).as_py():
-            raise RunError(f"shard {shard.index}: the ledger holds images that the manifest does not list")
         tally.add_outcomes(_value_counts(ledger["outcome"]))
         tally.add_errors(_value_counts(ledger["error_code"].drop_null()))
         tally.add_skips(_value_counts(ledger["skip_reason"].drop_null()))
@@ -235,7 +257,8 @@ class Ledger:
                     f"shard {shard.index}: the ledger counts {len(decided)} images as {outcome}, table {name} holds "
                     f"{len(found)}, or others"
                 )
-        cleared = ledger.filter(pc.equal(ledger["outcome"], "cleared"))["image_id"]
+        audited = ledger.filter(pc.is_in(ledger["image_id"], pc.unique(tables["audit"]["image_id"])))
+        cleared = audited.filter(pc.equal(audited["outcome"], "cleared"))["image_id"]
         if not pc.all(pc.is_in(tables["audit"]["image_id"], cleared), min_count=0).as_py():
             raise RunError(f"shard {shard.index}: table audit holds images that the ledger does not count as cleared")
         for name, key in (("flagged", ["image_id", "category"]), ("errors", ["image_id"]), ("audit", ["image_id"])):
@@ -252,13 +275,12 @@ class Ledger:
                 "mend the store or the workers, or raise --max-outage"
             )
 
-    def _write_merged(self, shard: Shard, folder: str, name: str, table: pa.Table) -> dict[str, Any]:
-        body = table_bytes(table)
+    def _write_merged(self, shard: Shard, folder: str, name: str, rows: int, body: bytes) -> dict[str, Any]:
         self.store.write(f"{folder}/{name}.parquet", body)
         return {
             "attempt": f"{folder}/{name}.parquet",
             "path": f"{name}/scan_date={self.scan_date}/{self.run_id}-shard-{shard.index:05d}.parquet",
-            "rows": table.num_rows,
+            "rows": rows,
             "bytes": len(body),
             "sha256": digest(body),
         }

@@ -97,7 +97,9 @@ class Driver:
                 fetcher=self.fetcher,
             )
             with ray_session(pools(self.plan), f"plan {self.plan.name!r}", self._window_bytes()):
-                for receipt in stream(self.plan, window_refs(self.store, self.ledger.pending), destination):
+                refs = window_refs(self.store, self.ledger.pending)
+                pa.default_memory_pool().release_unused()  # what the listing took
+                for receipt in stream(self.plan, refs, destination):
                     startup = startup or time.perf_counter() - began
                     progress.add(receipt)
                     shard = self.ledger.add(receipt)

@@ -97,7 +97,7 @@ class Fetcher:
 
     def _read_window(self, ref: WindowRef) -> Window:
         assert self.output is not None
-        rows = _read_rows(_open_manifest(self.output, ref["key"], ref["sha256"]), ref["first_row"], ref["rows"])
+        rows = _read_rows(open_manifest(self.output, ref["key"], ref["sha256"]), ref["first_row"], ref["rows"])
         images = [
             Image(**{name: row[name] for name in ("image_id", "uri", "size_bytes", "etag", "modified_at", "canary")})
             for row in rows
@@ -300,7 +300,7 @@ def _read_file(location: Location, etag: str | None, limit: int) -> bytes:
 
 
 @lru_cache(maxsize=2)
-def _open_manifest(output: Store, key: str, sha256: str) -> pq.ParquetFile:
+def open_manifest(output: Store, key: str, sha256: str) -> pq.ParquetFile:
     return pq.ParquetFile(io.BytesIO(output.read(key, sha256)))
 
 

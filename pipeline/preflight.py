@@ -13,7 +13,7 @@ from models.cost import gmac_per_test
 from models.weights import load_net
 from pipeline.device import accelerator
 from pipeline.errors import UsageError
-from pipeline.fetch import Fetcher, WindowRef
+from pipeline.fetch import Fetcher, WindowRef, open_manifest
 from pipeline.plan import Plan, Preparation
 from pipeline.source import Shard
 from pipeline.stages import StageCost, check_stage, stage_cost
@@ -102,6 +102,7 @@ def check_readable(store: Store, shard: Shard, limits: Preparation, endpoint_url
     rows = min(SAMPLED_IMAGES, shard.images)
     sample = WindowRef(shard=shard.index, window=0, key=shard.key, sha256=shard.sha256, first_row=0, rows=rows)
     (window,) = fetcher([sample])
+    open_manifest.cache_clear()  # the driver reads no more of it
     images = window.images
     if all(image.error_code == "fetch_denied" for image in images):
         raise UsageError(

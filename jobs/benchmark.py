@@ -8,8 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from jobs.cli import run_command
+from pipeline.bench_decode import DecodeBenchConfig, bench_decode, decode_tables
 from pipeline.bench_models import ModelsConfig, bench_models, models_tables
 from pipeline.bench_plans import PlansConfig, bench_plans, plans_table
+from pipeline.bench_scan import ScanBenchConfig, bench_scan, scan_table
 
 # A table of results has a dozen columns: where there is no terminal to fit, it takes what it needs.
 WIDTH = 190
@@ -26,6 +28,18 @@ def run_plans(config: PlansConfig) -> None:
     console.print(plans_table(result))
     row = result["rows"][0]
     console.print(f"{row['positives']:,} unique positives, {row['negatives']:,} others", highlight=False)
+
+
+def run_decode(config: DecodeBenchConfig) -> None:
+    console = wide_console()
+    result = bench_decode(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    for table in decode_tables(result):
+        console.print(table)
+
+
+def run_scan(config: ScanBenchConfig) -> None:
+    console = wide_console()
+    console.print(scan_table(bench_scan(config, lambda line: console.print(line, highlight=False, soft_wrap=True))))
 
 
 def run_models(config: ModelsConfig) -> None:
@@ -46,8 +60,10 @@ def run_models(config: ModelsConfig) -> None:
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "decode": (DecodeBenchConfig, run_decode),
     "models": (ModelsConfig, run_models),
     "plans": (PlansConfig, run_plans),
+    "scan": (ScanBenchConfig, run_scan),
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pipeline.bench_decode import DecodeBenchConfig, bench_decode, decode_tables
 from pipeline.bench_models import ModelsConfig, bench_models, models_tables
 from pipeline.bench_plans import PlansConfig, bench_plans, plans_table
 from pipeline.bench_scan import ScanBenchConfig, bench_scan, scan_table
+from pipeline.bench_stage import StageBenchConfig, bench_stage, stage_table
 
 # A table of results has a dozen columns: where there is no terminal to fit, it takes what it needs.
 WIDTH = 190
@@ -42,6 +43,11 @@ def run_scan(config: ScanBenchConfig) -> None:
     console.print(scan_table(bench_scan(config, lambda line: console.print(line, highlight=False, soft_wrap=True))))
 
 
+def run_stage(config: StageBenchConfig) -> None:
+    console = wide_console()
+    console.print(stage_table(bench_stage(config, lambda line: console.print(line, highlight=False, soft_wrap=True))))
+
+
 def run_models(config: ModelsConfig) -> None:
     console = wide_console()
     result = bench_models(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
@@ -64,6 +70,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "models": (ModelsConfig, run_models),
     "plans": (PlansConfig, run_plans),
     "scan": (ScanBenchConfig, run_scan),
+    "stage": (StageBenchConfig, run_stage),
 }
 
 if __name__ == "__main__":

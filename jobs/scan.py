@@ -14,7 +14,6 @@ from jobs.cli import run_job
 from pipeline.demo import SOURCE, demo_corpus
 from pipeline.errors import UsageError
 from pipeline.plan import load_plan
-from pipeline.preflight import check_models
 from pipeline.progress import closing_table
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.store import Store
@@ -52,6 +51,8 @@ def run(config: JobConfig) -> None:
     console = Console()
     with ExitStack() as stack:
         if config.demo:
+            from pipeline.nets import check_models  # noqa: PLC0415  it imports torch
+
             plan = load_plan(config.plan)
             check_models(plan)
             console.print(f"drawing {config.demo_images:,} demo pictures into an embedded S3 server")

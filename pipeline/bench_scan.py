@@ -22,6 +22,7 @@ import yaml
 from rich.table import Table
 
 from models.evaluation import interval
+from pipeline import commit
 from pipeline.bench import Clock, Rival, Sample, Say, named, plot_rates, rate_table, result_of, take_turns, write_result
 from pipeline.decode import Decoder
 from pipeline.errors import RunError, UsageError
@@ -179,7 +180,7 @@ class _Bench:
         if record["counts"]["error"]:
             raise RunError(f"{record['counts']['error']:,} of {len(self.paths):,} pictures ended as errors")
         flagged = pa.concat_tables(
-            [pq.read_table(output / file["path"]) for file in record["files"] if file["table"] == "flagged"]
+            [pq.read_table(output / file["path"]) for file in commit.files_of("flagged", record["files"])]
         )
         return clock.sample(
             record["counts"]["listed"],

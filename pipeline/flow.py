@@ -23,8 +23,8 @@ from pipeline.device import accelerator
 from pipeline.errors import RunError
 from pipeline.examples import PictureReader
 from pipeline.fetch import Fetcher
+from pipeline.nets import Models
 from pipeline.plan import Plan, Pool
-from pipeline.preflight import Models
 from pipeline.rows import (
     GroupsToScores,
     Operator,

@@ -85,6 +85,8 @@ class GroupNet(nn.Module):
         self.merge_points = merge_points
         self.merge = MERGES[merge]
         self.merge_name = merge
+        self.counted_gmac: dict[int, dict[str, float]] = {}
+        """By input size, what ``models/cost.py`` would count: a card brings it along."""
 
     @property
     def num_categories(self) -> int:

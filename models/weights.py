@@ -23,6 +23,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from models.backbone import Trunk
+from models.cost import segment_gmac
 from models.group_net import GroupNet, MergePoint
 
 ZOO = Path(__file__).parent / "zoo"
@@ -40,6 +41,8 @@ class Card:
     input_size: int
     sha256: str
     facts: dict[str, Any]
+    segment_gmac: dict[str, float] | None = None
+    """As ``models/cost.py`` counts it at ``input_size``; older cards lack it."""
 
     @property
     def version(self) -> str:
@@ -71,6 +74,7 @@ def save_net(
         input_size=input_size,
         sha256=hashlib.sha256(body).hexdigest(),
         facts=facts,
+        segment_gmac=segment_gmac(net, input_size),
     )
     (folder / f"{name}.safetensors").write_bytes(body)
     described = vars(card) | {"merge_points": [vars(point) for point in card.merge_points]}
@@ -199,4 +203,6 @@ def load_net(model: str) -> tuple[GroupNet, Card]:
         raise ValueError(f"{path} has sha256 {digest}, but its card says {card.sha256}: fetch the file again")
     net = GroupNet(Trunk(card.trunk, len(card.categories)), card.merge_points, card.merge)
     net.trunk.classifier.load_state_dict(load_safetensors(body))
+    if card.segment_gmac:
+        net.counted_gmac[card.input_size] = card.segment_gmac
     return net.eval(), card

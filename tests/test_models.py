@@ -256,6 +256,13 @@ def test_files_that_are_no_weights_are_refused(capsys):
     assert "run" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", sorted(card.stem for card in ZOO.glob("*.json")))
+def test_cards_tell_what_the_counter_counts(name):
+    net, card = load_net(name)
+    told = net.counted_gmac.pop(card.input_size)
+    assert told == pytest.approx(segment_gmac(net, card.input_size), rel=1e-9)
+
+
 def test_a_net_starts_from_torchvisions_weights(monkeypatch):
     published = get_model("resnet18", weights=None).state_dict()
     asked = []

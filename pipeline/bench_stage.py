@@ -16,7 +16,7 @@ from pipeline.corpus import list_photos
 from pipeline.decode import Decoder
 from pipeline.device import accelerator
 from pipeline.errors import UsageError
-from pipeline.plan import StageSpec, load_plan
+from pipeline.plan import Preparation, StageSpec, load_plan
 from pipeline.stages import GroupStage
 from pipeline.window import Image, Window
 
@@ -58,7 +58,7 @@ def bench_stage(config: StageBenchConfig, say: Say) -> dict[str, Any]:
     for stage in plan.stages:
         spec = stage.model_copy(update={"rounds": stage.rounds[:1], "thresholds": _nobody(stage)})
         tester = GroupStage(spec, plan.categories, final=False, gpu_kind=accelerator())
-        pixels_NSS3 = _pixels(photos, spec.input_size, config.windows * plan.window.images)
+        pixels_NSS3 = _pixels(photos, spec.input_size, config.windows * plan.window.images, plan.preparation)
         device = tester.device.type
         rivals += [
             Rival(name=f"net:{stage.name}", note=f"on {device}", run=partial(_net, tester, pixels_NSS3)),
@@ -88,11 +88,10 @@ def _nobody(stage: StageSpec) -> dict[str, tuple[float, ...]]:
     return dict.fromkeys(stage.thresholds, (1.0,))
 
 
-def _pixels(photos: list[Path], side: int, images: int) -> np.ndarray:
+def _pixels(photos: list[Path], side: int, images: int, limits: Preparation) -> np.ndarray:
     """uint8 (images, side, side, 3)."""
     found = [Image(image_id=path.name, uri=path.as_uri(), payload=path.read_bytes()) for path in photos[:images]]
     window = Window(shard=0, window=0, first_ordinal=0, images=found)
-    limits = load_plan("emblem").preparation
     Decoder("decode", side, limits)([window])
     if window.pixels is None:
         raise UsageError(f"none of the photographs in {photos[0].parent} can be decoded: {found[0].error_detail}")

@@ -13,6 +13,7 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.demo import SOURCE, demo_corpus
 from pipeline.errors import UsageError
+from pipeline.nets import check_models
 from pipeline.plan import load_plan
 from pipeline.progress import closing_table
 from pipeline.scan import ScanConfig, run_scan
@@ -51,8 +52,6 @@ def run(config: JobConfig) -> None:
     console = Console()
     with ExitStack() as stack:
         if config.demo:
-            from pipeline.nets import check_models  # noqa: PLC0415  it imports torch
-
             plan = load_plan(config.plan)
             check_models(plan)
             console.print(f"drawing {config.demo_images:,} demo pictures into an embedded S3 server")

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import yaml
 from rich.table import Table
 
-from models.evaluation import interval
+from models.intervals import interval
 from pipeline import commit
 from pipeline.bench import Clock, Rival, Sample, Say, named, plot_rates, rate_table, result_of, take_turns, write_result
 from pipeline.decode import Decoder

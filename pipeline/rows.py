@@ -42,6 +42,20 @@ class Operator:
             self.operator = partial(_refuse, error)
 
 
+def build_stage(*args: Any, **options: Any) -> Callable[[list], list]:
+    """A ``GroupStage``, where it is to work: whoever only names one need not import torch."""
+    from pipeline.stages import GroupStage  # noqa: PLC0415
+
+    return GroupStage(*args, **options)
+
+
+def build_scorer(*args: Any) -> Callable[[list], list]:
+    """The same for a ``GroupScorer``."""
+    from pipeline.scoring import GroupScorer  # noqa: PLC0415
+
+    return GroupScorer(*args)
+
+
 def _refuse(error: RunError, _: list) -> list:
     raise error
 

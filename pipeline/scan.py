@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline import commit, schema
 from pipeline.bank import freeze_banks
@@ -25,6 +25,7 @@ from pipeline.examples import read_labels
 from pipeline.failure import one_line
 from pipeline.increment import Earlier
 from pipeline.limits import Limits
+from pipeline.nets import Models, check_models
 from pipeline.plan import Plan, load_plan
 from pipeline.preflight import check_apart, check_output, check_outside, check_readable
 from pipeline.report import write_report
@@ -32,9 +33,6 @@ from pipeline.retry import list_failed, read_parent
 from pipeline.source import DEFAULT_EXCLUDE, Manifest, build_manifest, list_source
 from pipeline.storage import check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
-
-if TYPE_CHECKING:
-    from pipeline.nets import Models
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -141,9 +139,7 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
         # The record first: of a complete run the state may have been removed.
         record = commit.read_json(store, commit.record_key(run_id))
     with nullcontext() if record else starting_ray():
-        # Here, for they import torch: meanwhile Ray's processes come up.
-        from pipeline.driver import Driver  # noqa: PLC0415
-        from pipeline.nets import check_models  # noqa: PLC0415
+        from pipeline.driver import Driver  # noqa: PLC0415  Ray Data and pandas, while Ray's processes come up
 
         models = check_models(plan)
         with storage_errors_as_usage():

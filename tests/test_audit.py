@@ -22,7 +22,7 @@ from scipy.stats import binom, chi2
 
 from jobs import audit as job
 from jobs.cli import run_job
-from models.evaluation import Weighted, interval, weighted_count_interval, weighted_share_interval
+from models.intervals import Weighted, interval, weighted_count_interval, weighted_share_interval
 from pipeline import commit, schema
 from pipeline.audit import audit
 from pipeline.commit import Ledger

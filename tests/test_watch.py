@@ -67,7 +67,7 @@ class Stuck(GroupStage):
 def breaking(ray_session, monkeypatch):
     """Puts another stage into the flow. Workers cannot import this module, so it travels with its classes."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield lambda stage: monkeypatch.setattr(flow, "GroupStage", stage)
+    yield lambda stage: monkeypatch.setattr(flow, "build_stage", stage)
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 

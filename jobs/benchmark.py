@@ -1,4 +1,4 @@
-"""Measures: ``python -m jobs.benchmark COMMAND``. ``models`` compares group testing nets, ``plans`` plans."""
+"""Measures: ``python -m jobs.benchmark COMMAND``. It compares fetchers, group testing nets, or plans."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 
 from jobs.cli import run_command
 from pipeline.bench_decode import DecodeBenchConfig, bench_decode, decode_tables
+from pipeline.bench_fetch import FetchBenchConfig, bench_fetch, fetch_notes, fetch_table
 from pipeline.bench_models import ModelsConfig, bench_models, models_tables
 from pipeline.bench_plans import PlansConfig, bench_plans, plans_table
 from pipeline.bench_scan import ScanBenchConfig, bench_scan, scan_table
@@ -65,8 +66,17 @@ def run_models(config: ModelsConfig) -> None:
         console.print(f"plans: {config.plans}", soft_wrap=True)
 
 
+def run_fetch(config: FetchBenchConfig) -> None:
+    console = wide_console()
+    result = bench_fetch(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    console.print(fetch_table(result))
+    for note in fetch_notes(result):
+        console.print(note, highlight=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "decode": (DecodeBenchConfig, run_decode),
+    "fetch": (FetchBenchConfig, run_fetch),
     "models": (ModelsConfig, run_models),
     "plans": (PlansConfig, run_plans),
     "scan": (ScanBenchConfig, run_scan),

@@ -19,8 +19,8 @@ FETCH_CPUS = 0.5
 WRITE_CPUS = 0.25
 LEAST_CPUS = 0.15
 """Of a decoder: below this Ray would start more of them than their imports are worth."""
-FUSED_WINDOWS = 4
-"""Of one call of a fused actor, at most: their files are in its memory, and those of the call beside it."""
+FUSED_WINDOWS = 2
+"""Of one call of a fused actor, at most: the last calls of a run should be short, and files are in its memory."""
 FIRST_GROUPS = 8
 """Whose results tell a burst."""
 PREVALENCES = np.geomspace(1e-5, 0.5, 60)

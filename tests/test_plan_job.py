@@ -333,7 +333,7 @@ def test_pools_are_what_ray_and_machines_can_give(scores, cpus, gpus):
     assert sum(pool.num_cpus * pool.actors.max for pool in needed) <= cpus
     assert len(needed) == 1 if gpus == 0 else plan.preparation.decode.actors.max > 3, "many children, not a large one"
     if gpus == 0:
-        assert needed[0].actors.max == cpus and needed[0].windows_per_call <= 4
+        assert needed[0].actors.max == cpus and needed[0].windows_per_call <= 2
     shares = [stage.num_gpus for stage in plan.stages]
     assert sum(shares) <= gpus and all(share < 1 or share == int(share) for share in shares)
     assert gpus == 0 or min(shares) > 0

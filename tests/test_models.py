@@ -16,10 +16,11 @@ from safetensors.torch import save as save_safetensors
 from torchvision.models import _api, get_model
 
 from models.backbone import Trunk
+from models.card import ZOO, read_card
 from models.cost import gmac_per_test, segment_gmac
 from models.group_net import GroupNet, Kept, MergePoint
 from models.merge import MERGES, SHARPNESS
-from models.weights import ZOO, load_net, parse_state, read_card, save_net, start_from, torchvision_state
+from models.weights import load_net, parse_state, save_net, start_from, torchvision_state
 
 POINTS = (MergePoint(cut="layer1", size=4), MergePoint(cut="layer2", size=4))
 

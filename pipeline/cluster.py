@@ -25,7 +25,7 @@ _starts: list[Future] = []
 
 @contextmanager
 def starting_ray() -> Iterator[None]:
-    """Starts a Ray on this machine for the ``ray_session`` within, while the caller imports and lists its source.
+    """Starts a Ray on this machine for the ``ray_session`` within, while the caller goes on importing.
 
     Does nothing where there is one already, or where RAY_ADDRESS names one: joining takes no time.
     """

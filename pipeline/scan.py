@@ -8,7 +8,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,18 +137,16 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
         run_id = config.run_id or new_run_id()
         # The record first: of a complete run the state may have been removed.
         record = commit.read_json(store, commit.record_key(run_id))
-    with nullcontext() if record else starting_ray():
-        from pipeline.driver import Driver  # noqa: PLC0415  Ray Data and pandas, while Ray's processes come up
-
         models = check_models(plan)
-        with storage_errors_as_usage():
-            frozen = record or commit.read_frozen(store, run_id)
-            frozen = frozen or _start(config, store, run_id, plan, models, canaries)
-            _check_same_run(frozen, config, run_id, plan, models, canaries)
-            if record is None:
+        frozen = record or commit.read_frozen(store, run_id) or _start(config, store, run_id, plan, models, canaries)
+        _check_same_run(frozen, config, run_id, plan, models, canaries)
+    if record is None:
+        with starting_ray():
+            from pipeline.driver import Driver  # noqa: PLC0415  Ray Data and pandas, while Ray's processes come up
+
+            with storage_errors_as_usage():
                 options: dict[str, Any] = {"endpoint_url": config.endpoint_url, "max_outage": config.max_outage}
                 driver = Driver(store, run_id, frozen, plan, models, limits=limits, **options)
-        if record is None:
             record = driver.run(labels, began)
     finish(store, record, plan, config)
     return record

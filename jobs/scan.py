@@ -13,8 +13,8 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.demo import SOURCE, demo_corpus
 from pipeline.errors import UsageError
+from pipeline.nets import check_models
 from pipeline.plan import load_plan
-from pipeline.preflight import check_models
 from pipeline.progress import closing_table
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.store import Store

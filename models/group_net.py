@@ -8,21 +8,13 @@ at holes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from models.backbone import Trunk
+from models.card import MergePoint, group_sizes
 from models.merge import MERGES
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergePoint:
-    """``size`` neighbouring units become one behind the segment ``cut``; behind ``pixels`` the images do."""
-
-    cut: str
-    size: int
 
 
 @dataclass(frozen=True)
@@ -85,6 +77,8 @@ class GroupNet(nn.Module):
         self.merge_points = merge_points
         self.merge = MERGES[merge]
         self.merge_name = merge
+        self.counted_gmac: dict[int, dict[str, float]] = {}
+        """By input size, what ``models/cost.py`` would count: a card brings it along."""
 
     @property
     def num_categories(self) -> int:
@@ -93,8 +87,7 @@ class GroupNet(nn.Module):
     @property
     def group_sizes(self) -> tuple[int, ...]:
         """Group sizes the net can test, by depth: the number of merges they take."""
-        sizes = [point.size for point in self.merge_points]
-        return tuple(prod(sizes[:depth]) for depth in range(len(sizes) + 1))
+        return group_sizes(self.merge_points)
 
     def depth_of(self, group_size: int) -> int:
         if group_size not in self.group_sizes:

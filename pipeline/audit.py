@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from models.evaluation import interval
+from models.intervals import interval
 from pipeline.canaries import count_canaries
 from pipeline.errors import UsageError
 from pipeline.estimate import (

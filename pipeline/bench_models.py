@@ -17,7 +17,7 @@ import torch
 import yaml
 from rich.table import Table
 
-from models.weights import ZOO
+from models.card import ZOO
 from pipeline.errors import UsageError
 from pipeline.group_plans import DESIGNS, INDIVIDUAL, Entry, Fitting, load_nets, make_entries
 from pipeline.machine import describe_machine, describe_versions

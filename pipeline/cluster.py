@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import ray
@@ -18,6 +19,42 @@ from pipeline.plan import Pool
 SCALE_UP_SECONDS = 600
 
 
+_starts: list[Future] = []
+"""The start of this process's own Ray that is under way, if one is: Ray is one for the process too."""
+
+
+@contextmanager
+def starting_ray() -> Iterator[None]:
+    """Starts a Ray on this machine for the ``ray_session`` within, while the caller goes on importing.
+
+    Does nothing where there is one already, or where RAY_ADDRESS names one: joining takes no time.
+    """
+    if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        yield
+        return
+    with ThreadPoolExecutor(1) as thread:
+        start = thread.submit(_start)
+        _starts.append(start)
+        try:
+            yield
+        finally:
+            _starts.remove(start)
+            if start.exception() is None:  # else whoever needed it was told
+                ray.shutdown()
+
+
+def _start() -> None:
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # "local": or it would join, or trip over, whatever cluster happens to run on this machine.
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
 @contextmanager
 def ray_session(pools: Sequence[Pool], what: str, row_bytes: int = 0) -> Iterator[None]:
     """Joins the cluster that RAY_ADDRESS or the job names; else starts one here for as long as it is needed.
@@ -25,24 +62,19 @@ def ray_session(pools: Sequence[Pool], what: str, row_bytes: int = 0) -> Iterato
     Raises RunError when the minimum of ``pools``, those of ``what``, does not fit, or when a row of
     ``row_bytes`` and what an operator makes of it do not fit into a node's object store.
     """
+    for start in _starts:
+        start.result()
     if ray.is_initialized():
         _check_resources(pools, what)
         _check_object_store(row_bytes, what)
         yield
         return
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
         patience = SCALE_UP_SECONDS
     else:
-        # "local": or it would join, or trip over, whatever cluster happens to run on this machine.
-        ray.init(
-            address="local",
-            num_cpus=os.cpu_count(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        _start()
         patience = 0
     try:
         _check_resources(pools, what, patience)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,6 +37,18 @@ class DemoCorpus:
 @contextmanager
 def serve_s3() -> Iterator[str]:
     """An empty server that keeps objects in memory; yields its endpoint url."""
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p"]
+    remedy = "is moto[server] installed? (pip install 'dorfman[demo]')"
+    with run_server(lambda port: [*command, str(port)], remedy) as (endpoint_url, _):
+        yield endpoint_url
+
+
+@contextmanager
+def run_server(command: Callable[[int], list[str]], remedy: str) -> Iterator[tuple[str, int]]:
+    """A server that takes ``CREDENTIALS``, on loopback at a free port: its endpoint url and process id.
+
+    Raises RunError with ``remedy`` when it does not start.
+    """
     os.environ.update(CREDENTIALS)
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
         os.environ.pop(name, None)
@@ -44,17 +56,16 @@ def serve_s3() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(
-        command,
+        command(port),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         preexec_fn=_die_with_parent,  # noqa: PLW1509  no other thread runs yet
     )
     try:
         endpoint_url = f"http://127.0.0.1:{port}"
-        _wait_until_up(endpoint_url, process)
-        yield endpoint_url
+        _wait_until_up(endpoint_url, process, remedy)
+        yield endpoint_url, process.pid
     finally:
         process.terminate()
         process.wait()
@@ -65,7 +76,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _wait_until_up(endpoint_url: str, process: subprocess.Popen) -> None:
+def _wait_until_up(endpoint_url: str, process: subprocess.Popen, remedy: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -73,7 +84,7 @@ def _wait_until_up(endpoint_url: str, process: subprocess.Popen) -> None:
             return
         except BotoCoreError:
             time.sleep(0.2)
-    raise RunError("the embedded S3 server did not start; is moto[server] installed? (pip install 'dorfman[demo]')")
+    raise RunError(f"the embedded S3 server did not start; {remedy}")
 
 
 @contextmanager

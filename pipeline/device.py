@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-
-import torch
+from typing import TYPE_CHECKING
 
 from pipeline.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 VARIABLE = "DORFMAN_DEVICE"
 
@@ -18,6 +20,8 @@ def accelerator() -> str:
     Read where a job is driven, and its actors are told: the nodes of a cluster have other environments.
     Raises UsageError.
     """
+    import torch  # noqa: PLC0415  the driver of a plan without GPUs needs none
+
     kind = os.environ.get(VARIABLE) or "cuda"
     try:
         known = torch.device(kind).type == kind
@@ -33,6 +37,8 @@ def accelerator() -> str:
 
 def open_device(kind: str, what: str) -> torch.device:
     """Raises RunError when ``what`` was given a device that torch cannot use here, as by a driver that is missing."""
+    import torch  # noqa: PLC0415
+
     device = torch.device(kind)
     try:
         torch.empty(1, device=device)

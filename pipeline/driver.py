@@ -10,8 +10,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import ray
-from botocore.exceptions import BotoCoreError, ClientError
 from obstore.exceptions import BaseError
 
 from pipeline import commit
@@ -20,16 +18,17 @@ from pipeline.canaries import count_canaries
 from pipeline.cluster import ray_session
 from pipeline.commit import Ledger
 from pipeline.contents import Contents, Part
-from pipeline.errors import RunError, RunStopped, StoreError, UsageError
+from pipeline.errors import RunError, RunStopped
+from pipeline.failure import one_line
 from pipeline.fetch import Fetcher
 from pipeline.flow import Destination, pools, stream, window_refs
 from pipeline.limits import Budget, Limits
+from pipeline.nets import Models
 from pipeline.plan import Plan
-from pipeline.preflight import Models
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
 from pipeline.source import Shard
-from pipeline.storage import reason, redact
+from pipeline.storage import redact
 from pipeline.store import Store
 from pipeline.tally import relative_cost, stage_rows
 
@@ -194,14 +193,3 @@ class Driver:
         if self.ledger.is_current():
             self._write_status("failed", began, failure=line)
             self.store.write(commit.failure_key(self.run_id), redact(traceback.format_exc()).encode())
-
-
-def one_line(error: BaseException) -> str:
-    if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-        error = error.cause
-    if isinstance(error, (RunError, UsageError)):
-        return str(error).splitlines()[0]  # Ray adds advice of its own
-    if isinstance(error, (StoreError, BaseError, ClientError, BotoCoreError)):
-        return f"storage: {reason(error)}"
-    lines = [line for line in redact(str(error)).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import chi2
 
-from models.evaluation import Weighted, interval, weighted_count_interval, weighted_share_interval
+from models.intervals import Weighted, interval, weighted_count_interval, weighted_share_interval
 from pipeline.errors import UsageError
 
 NOT_REVIEWED = -1

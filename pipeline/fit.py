@@ -17,17 +17,16 @@ import torch
 from cyclopts import Parameter
 
 from models.backbone import TRUNKS, Trunk
+from models.card import Card, MergePoint, read_card
 from models.cost import gmac_per_test
 from models.evaluation import measure, recall_at
-from models.group_net import GroupNet, MergePoint
+from models.group_net import GroupNet
 from models.merge import MERGES
 from models.training import Examples, Progress, Trainer, TrainingConfig, read_checkpoint, train, write_checkpoint
 from models.weights import (
-    Card,
     initialise,
     load_net,
     parse_state,
-    read_card,
     save_net,
     start_from,
     torchvision_state,

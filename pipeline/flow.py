@@ -23,8 +23,8 @@ from pipeline.device import accelerator
 from pipeline.errors import RunError
 from pipeline.examples import PictureReader
 from pipeline.fetch import Fetcher
+from pipeline.nets import Models
 from pipeline.plan import Plan, Pool
-from pipeline.preflight import Models
 from pipeline.rows import (
     GroupsToScores,
     Operator,
@@ -34,11 +34,11 @@ from pipeline.rows import (
     Watched,
     WindowsToReceipts,
     WindowsToWindows,
+    build_scorer,
+    build_stage,
 )
-from pipeline.scoring import GroupScorer
 from pipeline.sink import Sink
 from pipeline.source import Shard
-from pipeline.stages import GroupStage
 from pipeline.store import Store
 from pipeline.watch import Watch
 
@@ -116,24 +116,17 @@ def _steps(plan: Plan, destination: Destination) -> list[_Step]:
         steps.append(_Step(name=name, build=build, args=args, options=options, adapter=adapter, pool=pool))
 
     known = destination.contents
-    add(
-        "fetch",
-        preparation.fetch,
-        RefsToWindows,
-        destination.fetcher,
-        store,
-        destination.endpoint_url,
-        preparation,
-        known,
-    )
-    gpu_kind, points = accelerator(), decode_points(plan)
+    fetcher = destination.fetcher
+    add("fetch", preparation.fetch, RefsToWindows, fetcher, store, destination.endpoint_url, preparation, known)
+    gpu_kind = accelerator() if any(stage.num_gpus for stage in plan.stages) else None
+    points = decode_points(plan)
     for stage in plan.stages:
         if stage.name in points:
             name = f"decode:{stage.name}"
             banks = destination.banks if stage is plan.stages[0] else None
             add(name, preparation.decode, WindowsToWindows, Decoder, name, stage.input_size, preparation, banks)
         told = {"final": stage is plan.stages[-1], "gpu_kind": gpu_kind, "cost": models.costs[stage.name]}
-        add(stage.name, stage, WindowsToWindows, GroupStage, stage, plan.categories, **told)
+        add(stage.name, stage, WindowsToWindows, build_stage, stage, plan.categories, **told)
     named = (destination.attempts, destination.run_id, plan, models.versions, destination.salt)
     add("write", preparation.write, WindowsToReceipts, Sink, store, *named)
     return steps
@@ -194,7 +187,7 @@ def read_pictures(uris: list[str], side: int, endpoint_url: str | None, pool: Po
 def score_rows(rows: pa.Table, scorer: tuple, pool: Pool) -> Iterator[dict[str, Any]]:
     """Rows of ``schema.SCORING`` with their scores, in no order. ``scorer``: what a ``GroupScorer`` is made of."""
     _configure()
-    yield from _apply(_source(rows), "score", GroupsToScores, pool, (GroupScorer, scorer, {})).iter_rows()
+    yield from _apply(_source(rows), "score", GroupsToScores, pool, (build_scorer, scorer, {})).iter_rows()
 
 
 def window_refs(store: Store, shards: list[Shard]) -> pa.Table:

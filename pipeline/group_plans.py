@@ -14,9 +14,10 @@ from typing import Literal
 
 import numpy as np
 
+from models.card import ZOO, Card
 from models.group_net import GroupNet
 from models.training import host, score_groups
-from models.weights import ZOO, Card, load_net
+from models.weights import load_net
 from pipeline.calibration import highest_keeping
 from pipeline.plan import Plan, StageSpec, WindowSpec
 from pipeline.splits import LabelledPixels

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import yaml
@@ -16,10 +15,12 @@ from pipeline.proposal import Judged, Proposal, Request
 from pipeline.scores import Candidate, Scores, to_scores
 from pipeline.search import Field, Route
 
-FETCH_CPUS = 0.2
-WRITE_CPUS = 0.1
+FETCH_CPUS = 0.5
+WRITE_CPUS = 0.25
 LEAST_CPUS = 0.15
-"""Of an actor: below this Ray would start more of them than their imports are worth."""
+"""Of a decoder: below this Ray would start more of them than their imports are worth."""
+FUSED_WINDOWS = 2
+"""Of one call of a fused actor, at most: the last calls of a run should be short, and files are in its memory."""
 FIRST_GROUPS = 8
 """Whose results tell a burst."""
 PREVALENCES = np.geomspace(1e-5, 0.5, 60)
@@ -31,17 +32,15 @@ def to_plan(scores: Scores, proposal: Proposal, name: str, cpus: float, gpus: fl
     stages = list(_stages(judged.route))
     firsts = [judged.route.steps[places[0]] for places in stages]
     window = WindowSpec(images=judged.route.window_images)
-    decode_cpus, stage_cpus = _share_cpus(scores, judged, stages, cpus)
     names = _names(firsts)
+    calls = [windows_per_call(float(judged.spent.reached_S[places[0]]), window.images) for places in stages]
+    decoders = sum(judged.route.decodes(places[0]) for places in stages)
     return Plan(
         name=name,
         categories=scores.categories,
         window=window,
-        preparation=Preparation(
-            fetch=Pool(num_cpus=FETCH_CPUS),
-            decode=Pool(**_actors(decode_cpus)),
-            write=Pool(num_cpus=WRITE_CPUS, windows_per_call=2),
-        ),
+        preparation=_preparation(cpus, len(stages), decoders) if gpus else Preparation(),
+        fused=None if gpus else _fused(cpus, min(FUSED_WINDOWS, max(calls))),
         stages=tuple(
             StageSpec(
                 name=names[number],
@@ -53,9 +52,8 @@ def to_plan(scores: Scores, proposal: Proposal, name: str, cpus: float, gpus: fl
                 },
                 input_size=first.input_size,
                 batch_images=max(1, BATCH_IMAGES // first.size) * first.size,
-                **_actors(1.0 if gpus else stage_cpus[number]),
                 num_gpus=_gpu_share(gpus, len(stages)),
-                windows_per_call=windows_per_call(float(judged.spent.reached_S[places[0]]), window.images),
+                windows_per_call=calls[number],
                 burst=_burst(scores, judged, request, window) if number == 0 else None,
             )
             for number, (first, places) in enumerate(zip(firsts, stages, strict=True))
@@ -71,17 +69,31 @@ def to_plan(scores: Scores, proposal: Proposal, name: str, cpus: float, gpus: fl
     )
 
 
-def _actors(cpus: float) -> dict[str, Any]:
-    """A pool that takes so many CPUs: one actor, or as many of one CPU each. A decoder has but one child."""
-    if cpus <= 1:
-        return {"num_cpus": cpus}
-    return {"num_cpus": 1.0, "actors": Actors(max=math.floor(cpus))}
+def _fused(cpus: float, windows: int) -> Pool:
+    """An actor for every CPU: with its decoder it takes that much, and there is nothing else to run."""
+    actors = max(1, math.floor(cpus))
+    return Pool(num_cpus=1.0, actors=Actors(min=actors, max=actors), windows_per_call=windows)
+
+
+def _preparation(cpus: float, stages: int, decoders: int) -> Preparation:
+    """What feeds GPUs: of the CPUs that the stages' actors (one each) and Ray (one) leave, all decode."""
+    room = (cpus - 1.0 - stages - FETCH_CPUS - WRITE_CPUS) / decoders
+    decode = (
+        Pool(actors=Actors(max=math.floor(room))) if room > 1 else Pool(num_cpus=max(LEAST_CPUS, _hundredths(room)))
+    )
+    return Preparation(
+        fetch=Pool(num_cpus=FETCH_CPUS), decode=decode, write=Pool(num_cpus=WRITE_CPUS, windows_per_call=2)
+    )
+
+
+def _hundredths(share: float) -> float:
+    return math.floor(100 * share) / 100
 
 
 def _gpu_share(gpus: float, stages: int) -> float:
     """Of each stage: a fraction, or whole GPUs, as Ray wants them; together never more than there are."""
     share = gpus / stages
-    return float(math.floor(share)) if share >= 1 else math.floor(100 * share) / 100
+    return float(math.floor(share)) if share >= 1 else _hundredths(share)
 
 
 def plan_yaml(plan: Plan, header: Sequence[str]) -> str:
@@ -122,30 +134,6 @@ def _rounded_down(logit: float) -> float:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(score)) - 5)
     return round(math.floor(score / unit) * unit, 12)
-
-
-def _share_cpus(scores: Scores, judged: Judged, stages: Sequence[list[int]], cpus: float) -> tuple[float, list[float]]:
-    """CPUs of one decoder (they all get the same) and of each stage, by what they will have to do.
-
-    One CPU's worth of every machine stays for Ray and the reader, or half of it where there are but two.
-    """
-    route, reached_S = judged.route, judged.spent.reached_S
-    timed = all(step.seconds is not None for step in route.steps)
-    nets_S = reached_S * route.nets_S("seconds") if timed else np.zeros(len(route.steps))
-    decoded = [places[0] for places in stages if route.decodes(places[0])]
-    decoding = sum(
-        reached_S[place] * scores.decode_seconds.get(route.steps[place].input_size, 0.0) for place in decoded
-    )
-    seconds = np.array([decoding / len(decoded), *(nets_S[places].sum() for places in stages)])
-    total = decoding + nets_S.sum()
-    spare = 0.5 if cpus <= 2 else 1.0
-    room = cpus - spare - FETCH_CPUS - WRITE_CPUS
-    operators = len(stages) + len(decoded)
-    floor = min(LEAST_CPUS, room / operators)
-    portions = seconds / total if total else np.zeros_like(seconds)
-    shares = floor + (room - floor * operators) * portions
-    decode_cpus, *stage_cpus = (math.floor(100 * share) / 100 for share in shares.tolist())
-    return decode_cpus, stage_cpus
 
 
 def _burst(scores: Scores, judged: Judged, request: Request, window: WindowSpec) -> BurstRule | None:

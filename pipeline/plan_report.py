@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from models.evaluation import interval
+from models.intervals import interval
 from pipeline.plan import Plan
 from pipeline.plan_file import PREVALENCES
 from pipeline.planner import PERFECT, hierarchical, split_evenly

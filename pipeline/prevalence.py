@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import binom
 
-from models.evaluation import interval
+from models.intervals import interval
 from pipeline.groups import form_groups
 from pipeline.plan import Plan, StageSpec
 from pipeline.stages import GroupStage

@@ -127,9 +127,22 @@ def closing_table(record: dict[str, Any]) -> Table:
         for row in _quality_rows(record["quality"]):
             table.add_row(*row)
         table.add_section()
+    for row in _time_rows(record):
+        table.add_row(*row)
     table.add_row("seconds", f"{record['seconds']:.1f}, of them {record['startup_seconds']:.1f} to the first result")
     table.add_row("images/s", f"{record['images_per_s']:.0f}")
     return table
+
+
+def _time_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Where actors spent their time: what has the largest share is what more of would help."""
+    seconds: dict[str, float] = {}
+    for work in record["operators"]:
+        seconds[work["operator"]] = seconds.get(work["operator"], 0.0) + work["seconds"]
+    total = sum(seconds.values())
+    for operator, taken in seconds.items():
+        if total and taken:
+            yield f"{operator}, time at work", f"{taken:,.1f} s, {taken / total:.0%}"
 
 
 def _taken_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from models.evaluation import interval
+from models.intervals import interval
 from pipeline.schema import LEDGER
 from pipeline.store import Store
 

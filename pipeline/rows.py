@@ -5,9 +5,10 @@ A module of its own with few imports: an actor that fetches must not load torch 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -24,6 +25,8 @@ class Watcher(Protocol):
 
     def end(self, operator: str, windows: list[tuple[int, int]]) -> None: ...
 
+    def died_on(self, windows: list[tuple[int, int]]) -> bool: ...
+
 
 class Operator:
     """Builds its operator once, in the actor.
@@ -37,6 +40,20 @@ class Operator:
             self.operator = build(*args, **options)
         except RunError as error:
             self.operator = partial(_refuse, error)
+
+
+def build_stage(*args: Any, **options: Any) -> Callable[[list], list]:
+    """A ``GroupStage``, where it is to work: whoever only names one need not import torch."""
+    from pipeline.stages import GroupStage  # noqa: PLC0415
+
+    return GroupStage(*args, **options)
+
+
+def build_scorer(*args: Any) -> Callable[[list], list]:
+    """The same for a ``GroupScorer``."""
+    from pipeline.scoring import GroupScorer  # noqa: PLC0415
+
+    return GroupScorer(*args)
 
 
 def _refuse(error: RunError, _: list) -> list:
@@ -87,23 +104,46 @@ class RefsToReceipts:
     """All operators of a scan, one behind the other: each call takes its windows through all of them.
 
     Calls may overlap, in threads: one fetches, or has its pictures decoded by the child, while another is tested. An
-    operator has one call at a time.
+    operator has one call at a time. Windows that an actor has died with are alone in the next one: a further death is
+    theirs.
     """
 
     def __init__(self, steps: list[tuple], watch: Watcher) -> None:
         """``steps``: what a ``Watched`` is made of, by operator."""
         self.steps = [(name, Operator(build, args, options).operator, Lock()) for build, args, options, name in steps]
         self.watch = watch
+        self.gate = Gate()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         windows = list(zip(table["shard"].to_pylist(), table["window"].to_pylist(), strict=True))
         items = table.to_pylist()
-        for name, operator, lock in self.steps:
-            with lock:
-                self.watch.begin(name, windows)
-                items = operator(items)
-                self.watch.end(name, windows)
+        with self.gate.pass_through(alone=self.watch.died_on(windows)):
+            for name, operator, lock in self.steps:
+                with lock:
+                    self.watch.begin(name, windows)
+                    items = operator(items)
+                    self.watch.end(name, windows)
         return pa.Table.from_pylist(items, RECEIPT)
+
+
+class Gate:
+    """Lets threads in together, or one of them alone."""
+
+    def __init__(self) -> None:
+        self.changed = Condition()
+        self.inside, self.alone = 0, False
+
+    @contextmanager
+    def pass_through(self, *, alone: bool) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.alone and not (alone and self.inside))
+            self.inside, self.alone = self.inside + 1, alone
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.inside, self.alone = self.inside - 1, False
+                self.changed.notify_all()
 
 
 class UrisToPictures(Operator):

@@ -16,16 +16,18 @@ from typing import Any
 from pipeline import commit, schema
 from pipeline.bank import freeze_banks
 from pipeline.canaries import Canaries, read_canaries, with_canaries
+from pipeline.cluster import starting_ray
 from pipeline.contents import write_contents
-from pipeline.driver import Driver, one_line
 from pipeline.earlier import find_earlier, judged_otherwise, write_earlier
 from pipeline.errors import RunError, UsageError
 from pipeline.examples import read_labels
+from pipeline.failure import one_line
 from pipeline.fetch import Fetcher
 from pipeline.increment import Earlier
 from pipeline.limits import Limits
+from pipeline.nets import Models, check_models
 from pipeline.plan import Plan, load_plan
-from pipeline.preflight import Models, check_apart, check_models, check_output, check_outside, check_readable
+from pipeline.preflight import check_apart, check_output, check_outside, check_readable
 from pipeline.report import write_report
 from pipeline.retry import list_failed, read_parent
 from pipeline.source import DEFAULT_EXCLUDE, Manifest, build_manifest, list_source
@@ -121,7 +123,6 @@ def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> d
     limits = Limits.of(config.limit_cost, config.deadline)  # before listing, which may take hours
     with storage_errors_as_usage():
         plan = load_plan(config.plan)
-        models = check_models(plan)
         store = Store(
             config.output,
             config.endpoint_url,
@@ -132,27 +133,22 @@ def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> d
         if config.source:
             check_apart(config.source, config.output)
         check_output(store)
-        run_id = config.run_id or new_run_id()
         labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
         canaries = read_canaries(config.canaries, plan.categories, config.endpoint_url) if config.canaries else None
+        run_id = config.run_id or new_run_id()
         # The record first: of a complete run the state may have been removed.
         record = commit.read_json(store, commit.record_key(run_id))
+        models = check_models(plan)
         frozen = record or commit.read_frozen(store, run_id) or _start(config, store, run_id, plan, models, canaries)
         _check_same_run(frozen, config, run_id, plan, models, canaries)
-        if record is None:
-            driver = Driver(
-                store,
-                run_id,
-                frozen,
-                plan,
-                models,
-                endpoint_url=config.endpoint_url,
-                max_outage=config.max_outage,
-                limits=limits,
-                fetcher=fetcher,
-            )
     if record is None:
-        record = driver.run(labels, began)
+        with starting_ray():
+            from pipeline.driver import Driver  # noqa: PLC0415  Ray Data and pandas, while Ray's processes come up
+
+            with storage_errors_as_usage():
+                options: dict[str, Any] = {"endpoint_url": config.endpoint_url, "max_outage": config.max_outage}
+                driver = Driver(store, run_id, frozen, plan, models, limits=limits, fetcher=fetcher, **options)
+            record = driver.run(labels, began)
     finish(store, record, plan, config)
     return record
 

@@ -41,6 +41,8 @@ LISTED = pa.schema(
     [MANIFEST.field(name) for name in ("uri", "size_bytes", "etag", "modified_at", "image_id", "canary")]
     + [pa.field("rank", pa.int64())]
 )
+TOLD = ("uri", "size_bytes", "etag", "modified_at")
+"""What a table of uris may say of each."""
 BLANK = dict.fromkeys(("size_bytes", "etag", "modified_at"))
 """What a source does not tell of an object."""
 LISTED_CHUNK = 20_000
@@ -188,14 +190,17 @@ def _uri_tables(location: Location, body: BinaryIO) -> Iterator[pa.Table]:
         file = pq.ParquetFile(body)
         there, batches = file.schema_arrow.names, file.iter_batches(LISTED_CHUNK)
     else:
-        # Or an etag of digits would be a number. Sizes of which some are missing are written with a point by some.
+        there = pyarrow.csv.open_csv(body).schema.names
+        body.seek(0)
+        # Columns of others would have to stay what their first rows are taken for, and etags of digits would be
+        # numbers. Sizes of which some are missing are written with a point by some.
         types = {"uri": pa.string(), "etag": pa.string(), "size_bytes": pa.float64()}
-        reader = pyarrow.csv.open_csv(body, convert_options=pyarrow.csv.ConvertOptions(column_types=types))
-        there, batches = reader.schema.names, reader
+        wanted = [name for name in TOLD if name in there]
+        options = pyarrow.csv.ConvertOptions(column_types=types, include_columns=wanted)
+        batches = pyarrow.csv.open_csv(body, convert_options=options)
     if "uri" not in there:
         raise UsageError(f"source {location.uri}: no column 'uri' among {there}")
-    told = ("uri", "size_bytes", "etag", "modified_at")
-    columns = pa.schema([LISTED.field(name) for name in told if name in there])
+    columns = pa.schema([LISTED.field(name) for name in TOLD if name in there])
     for batch in batches:
         try:
             yield pa.Table.from_batches([batch]).select(columns.names).cast(columns)

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.cost import embedding_gmac, gmac_per_test
+from models.cost import NetCost, segment_gmac
 from models.folding import fold_norms
-from models.group_net import GroupNet, Kept
+from models.group_net import Kept
 from models.weights import load_net
 from pipeline.device import accelerator, open_device
 from pipeline.errors import RunError
 from pipeline.groups import Group, form_groups, slots
 from pipeline.layout import padded
+from pipeline.nets import StageCost, check_stage, stage_cost
 from pipeline.plan import StageSpec
 from pipeline.window import GroupTest, Window, Work
 
@@ -33,16 +34,6 @@ from pipeline.window import GroupTest, Window, Work
 PixelRows = dict[int, dict[int, int]]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageCost:
-    """GMAC of one test: of each round, where the later ones reuse what the first one kept; of a round whose tests reuse
-    nothing, the first and the one that a window falls back to; and of one in the second grouping."""
-
-    rounds: tuple[float, ...]
-    fresh: dict[int, float]
-    regroup: float = 0.0
 
 
 class GroupStage:
@@ -64,10 +55,10 @@ class GroupStage:
         self.spec = spec
         self.final = final
         self.net, card = load_net(spec.model)
-        check_stage(spec, categories, self.net, card.categories)
+        check_stage(spec, categories, card)
         self.columns = [card.categories.index(category) for category in categories]
         self.thresholds = np.array([spec.thresholds[category] for category in categories]).T
-        self.cost = cost or stage_cost(spec, self.net)
+        self.cost = cost or stage_cost(spec, NetCost(segment_gmac(self.net, spec.input_size), card.merge_points))
         fold_norms(self.net)
         # Halved whenever the device runs out of memory.
         self.batch_images = spec.batch_images
@@ -387,27 +378,3 @@ def _pad(units: Tensor, length: int) -> Tensor:
     if len(units) == length:
         return units
     return torch.cat([units, units.new_zeros(length - len(units), *units.shape[1:])])
-
-
-def stage_cost(spec: StageSpec, net: GroupNet) -> StageCost:
-    """Takes seconds, for torch's counter imports its compiler."""
-    first, size = spec.rounds[0], spec.input_size
-    later = [gmac_per_test(net, size, part, reused_from=first) for part in spec.rounds[1:]]
-    rounds = (gmac_per_test(net, size, first), *later)
-    fresh = {0: rounds[0]}
-    if spec.burst is not None:
-        fresh[spec.rounds.index(spec.burst.group_size)] = gmac_per_test(net, size, spec.burst.group_size)
-    regroup = rounds[0] - first * embedding_gmac(net, size) if spec.groupings == 2 else 0.0
-    return StageCost(rounds=rounds, fresh=fresh, regroup=regroup)
-
-
-def check_stage(spec: StageSpec, categories: tuple[str, ...], net: GroupNet, known: tuple[str, ...]) -> None:
-    """Raises ValueError when the net cannot do what the stage asks of it."""
-    missing = set(categories) - set(known)
-    if missing:
-        raise ValueError(f"stage {spec.name!r}: model {spec.model!r} scores {list(known)}, not {sorted(missing)}")
-    impossible = [size for size in spec.rounds if size not in net.group_sizes]
-    if impossible:
-        raise ValueError(
-            f"stage {spec.name!r}: model {spec.model!r} tests groups of {list(net.group_sizes)}, not {impossible}"
-        )

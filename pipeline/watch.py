@@ -39,6 +39,10 @@ class Book:
         self.begun.pop(call, None)
         self.since.pop(call, None)
 
+    def died_on(self, windows: tuple[tuple[int, int], ...]) -> bool:
+        """Whether any operator has begun with these windows and not ended: its actor died, or is still at it."""
+        return any(call[1] == windows for call in self.begun)
+
     def open_calls(self) -> list[tuple[Call, float]]:
         """Calls without an end, with their seconds, the oldest first."""
         now = time.monotonic()
@@ -61,6 +65,10 @@ class Watch:
                 f"{deaths} actors of {operator!r} died on {name_windows(windows)}: mend what crashes there, or leave "
                 "the images out with --exclude; the manifest in _state names them by shard and window"
             )
+
+    def died_on(self, windows: list[tuple[int, int]]) -> bool:
+        """Whether an actor may have died with these windows: they are better not mixed with others."""
+        return bool(ray.get(self.book.died_on.remote(tuple(windows))))
 
     def end(self, operator: str, windows: list[tuple[int, int]]) -> None:
         self.book.end.remote((operator, tuple(windows)))

@@ -260,13 +260,20 @@ def test_ledger_and_record_say_which_images_and_how_many_windows(model):
     with console.capture() as capture:
         console.print(closing_table(record([summary])))
     assert re.search(r"s, windows that fell back +│ +1 of 2 ", capture.get())
+    assert re.search(r"decode:s, time at work +│ +3\.0 s, 75%", capture.get())
+    assert re.search(r" s, time at work +│ +1\.0 s, 25%", capture.get())
 
 
 def record(stages: list[dict]) -> dict:
     counts = {"listed": 192, "cleared": 185, "flagged": 6, "error": 1, "skipped": 0}
     facts = {"run_id": "r", "status": "complete", "counts": counts, "errors": {"truncated": 1}, "windows": 2}
     times = {"seconds": 1.0, "startup_seconds": 0.5, "images_per_s": 192.0}
-    return facts | times | {"stages": stages, "relative_cost": 0.5, "quality": None}
+    work = [
+        {"operator": "decode:s", "seconds": 3.0},
+        {"operator": "s", "seconds": 0.6},
+        {"operator": "s", "seconds": 0.4},
+    ]
+    return facts | times | {"stages": stages, "operators": work, "relative_cost": 0.5, "quality": None}
 
 
 def test_a_plan_is_judged_as_if_no_window_were_in_a_burst(model):

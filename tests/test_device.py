@@ -8,8 +8,8 @@ import torch
 from pipeline import device
 from pipeline.device import accelerator, open_device
 from pipeline.errors import RunError, UsageError
+from pipeline.nets import check_models
 from pipeline.plan import StageSpec, load_plan
-from pipeline.preflight import check_models
 from pipeline.rows import WindowsToWindows
 from pipeline.scoring import GroupScorer
 from pipeline.stages import GroupStage

@@ -47,6 +47,16 @@ def test_a_query_starts_without_torch_and_ray():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_a_scan_is_driven_without_torch():
+    code = (
+        "import sys, jobs.scan; from pipeline.nets import check_models; from pipeline.plan import PLANS, load_plan\n"
+        "[check_models(load_plan(path.stem)) for path in PLANS.glob('*.yaml')]\n"
+        "sys.exit(', '.join({'torch', 'torchvision', 'scipy.stats', 'ray.train'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_job_is_short():
     for path in FILES:
         if path.parent.name == "jobs":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Pillow
 
+from pipeline.bench_fetch import serve_folder
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
 from tests.test_jobs import expect, refuse
@@ -32,23 +32,8 @@ def rclone(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """An S3 server over a folder, and the folder of its bucket. It ignores If-None-Match."""
     root = tmp_path / "s3"
     (root / "load").mkdir(parents=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Wheels put their programs beside the interpreter.
-    command = [str(Path(sys.executable).with_name("rclone")), "serve", "s3", "--addr", f"127.0.0.1:{port}"]
-    command += ["--auth-key", "demo,demo", "--config", os.devnull, "--log-level", "ERROR", str(root)]
-    process = subprocess.Popen(command)
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
-    yield url, root / "load"
-    process.terminate()
-    process.wait()
+    with serve_folder(root) as (url, _):
+        yield url, root / "load"
 
 
 def fill(bucket: Path, rows: int) -> None:

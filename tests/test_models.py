@@ -16,10 +16,11 @@ from safetensors.torch import save as save_safetensors
 from torchvision.models import _api, get_model
 
 from models.backbone import Trunk
+from models.card import ZOO, read_card
 from models.cost import gmac_per_test, segment_gmac
 from models.group_net import GroupNet, Kept, MergePoint
 from models.merge import MERGES, SHARPNESS
-from models.weights import ZOO, load_net, parse_state, read_card, save_net, start_from, torchvision_state
+from models.weights import load_net, parse_state, save_net, start_from, torchvision_state
 
 POINTS = (MergePoint(cut="layer1", size=4), MergePoint(cut="layer2", size=4))
 
@@ -254,6 +255,13 @@ def test_files_that_are_no_weights_are_refused(capsys):
         with pytest.raises(ValueError, match=message):
             parse_state(body, name)
     assert "run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(card.stem for card in ZOO.glob("*.json")))
+def test_cards_tell_what_the_counter_counts(name):
+    net, card = load_net(name)
+    told = net.counted_gmac.pop(card.input_size)
+    assert told == pytest.approx(segment_gmac(net, card.input_size), rel=1e-9)
 
 
 def test_a_net_starts_from_torchvisions_weights(monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from pipeline.errors import UsageError
+from pipeline.nets import check_models
 from pipeline.plan import PLANS, load_plan, parse_plan
-from pipeline.preflight import check_models
 
 
 def content(**changes) -> dict:
@@ -52,6 +52,14 @@ def test_a_plan_that_cannot_work_is_refused_with_the_place(path, value, words):
         parse_plan(changed(path, value), "here")
 
 
+def test_operators_of_a_plan_with_gpus_are_not_fused():
+    plan = changed("stages.0.num_gpus", 0.5) | {"fused": {"num_cpus": 1}}
+    with pytest.raises(
+        UsageError, match=r"fused is for plans without GPUs, but stages .* ask for some: leave out fused"
+    ):
+        parse_plan(plan, "here")
+
+
 def test_two_stages_need_two_names():
     plan = content()
     with pytest.raises(UsageError, match="each stage needs a name of its own"):
@@ -69,6 +77,7 @@ def test_two_stages_need_two_names():
         ("stages.0.windows_per_call", 9, True),
         ("stages.0.actors", {"min": 1, "max": 8}, True),
         ("preparation.fetch_concurrency", 5, True),
+        ("fused", {"num_cpus": 1, "actors": {"min": 2, "max": 2}}, True),
         ("preparation.decode", {"num_cpus": 0.5}, True),
         ("preparation.max_megapixels", 5, False),
         ("stages.0.thresholds", {"a": [0.5, 0.61]}, False),

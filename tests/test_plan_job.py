@@ -23,6 +23,7 @@ from pipeline.calibrate import (
 )
 from pipeline.errors import UsageError
 from pipeline.examples import LabelledPictures, read_labelled
+from pipeline.flow import pools
 from pipeline.layout import padded, windows_per_call
 from pipeline.padding import holes, padding
 from pipeline.plan import load_plan
@@ -79,7 +80,7 @@ def test_a_plan_is_written_with_its_reasons_and_loads(scores_file, tmp_path):
     np.testing.assert_allclose(written, certified, rtol=2e-5)
     assert plan.certificate is not None
     assert plan.certificate.recall["a"] >= 0.9 and plan.certificate.prevalence == {"a": 0.005}
-    assert sum(pool.num_cpus for pool in (plan.preparation.fetch, plan.preparation.write, *plan.stages)) < 2
+    assert plan.fused is not None and plan.fused.num_cpus == 1, "without GPUs an actor does all of it"
     page = output.with_suffix(".md").read_text()
     for words in ("recall certified", f"{plan.certificate.recall['a']:.4f}", chosen.route.name, "Groups pay"):
         assert words in page
@@ -327,11 +328,12 @@ def test_too_few_negatives_show_no_false_positive_rate(scores):
 def test_pools_are_what_ray_and_machines_can_give(scores, cpus, gpus):
     proposal = propose(scores, Request(recall_K=(0.9,), confidence=0.95, prevalence=PREVALENCE, max_fpr=0.01))
     plan = to_plan(replace(scores, decode_seconds={64: 0.004}), proposal, "p", cpus=cpus, gpus=gpus)
-    pools = [plan.preparation.fetch, plan.preparation.decode, plan.preparation.write, *plan.stages]
-    assert all(pool.num_cpus <= 1 for pool in pools)
-    assert sum(pool.num_cpus * pool.actors.max for pool in pools) <= cpus
-    if cpus == 64:
-        assert plan.preparation.decode.actors.max > 20, "decoding is most of the work: many children, not a large one"
+    needed = pools(plan)
+    assert all(pool.num_cpus <= 1 for pool in needed)
+    assert sum(pool.num_cpus * pool.actors.max for pool in needed) <= cpus
+    assert len(needed) == 1 if gpus == 0 else plan.preparation.decode.actors.max > 3, "many children, not a large one"
+    if gpus == 0:
+        assert needed[0].actors.max == cpus and needed[0].windows_per_call <= 2
     shares = [stage.num_gpus for stage in plan.stages]
     assert sum(shares) <= gpus and all(share < 1 or share == int(share) for share in shares)
     assert gpus == 0 or min(shares) > 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 
-from pipeline import preflight
+from pipeline import cluster, preflight
 from pipeline.errors import RunError, UsageError
 from pipeline.plan import Actors, Preparation
 from pipeline.plan import Pool as PlanPool
@@ -86,8 +87,6 @@ def test_windows_that_no_object_store_holds_and_pools_that_no_cluster_has():
 
 @pytest.mark.usefixtures("ray_session")
 def test_an_actor_that_no_node_has_room_for(monkeypatch):
-    from pipeline import cluster
-
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "object_store_memory": 1e9}} for _ in range(2)]
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0}}])
     with cluster.ray_session([PlanPool(num_cpus=8, actors=Actors(min=2, max=2))], "plan 'x'"):
@@ -119,8 +118,6 @@ def test_an_actor_that_no_node_has_room_for(monkeypatch):
     ],
 )
 def test_pools_for_a_kind_of_node_that_is_not_there(monkeypatch, pool, words):
-    from pipeline import cluster
-
     kinds = ({"CPU": 16.0, "decode": 16.0}, {"CPU": 8.0, "GPU": 1.0})
     nodes = [{"Alive": True, "Resources": kind | {"object_store_memory": 1e9}} for kind in kinds]
     monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
@@ -133,8 +130,6 @@ def test_pools_for_a_kind_of_node_that_is_not_there(monkeypatch, pool, words):
 
 
 def test_a_cluster_that_grows_is_asked_for_every_pool_with_its_kind_of_node(monkeypatch):
-    from pipeline import cluster
-
     asked: list[list[dict[str, float]]] = []
     monkeypatch.setattr(cluster, "request_resources", lambda *, bundles: asked.append(bundles))
     monkeypatch.setattr(cluster, "_lacking", lambda pools: "")
@@ -201,3 +196,43 @@ def test_a_list_that_names_the_output_is_refused(tmp_path):
         UsageError, match=r"lists s3://bucket/out/runs/r\.json, which lies in the output s3://bucket/out"
     ):
         list(check_outside([*beside, {"uri": "s3://bucket/out/runs/r.json"}], output))
+
+
+@pytest.fixture
+def boots(monkeypatch) -> dict[str, int]:
+    """Counts starts and ends of a Ray that there is not."""
+    counts = {"up": 0, "down": 0}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: counts["up"] > counts["down"])
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: counts.update(down=counts["down"] + 1))
+    for check in ("_check_resources", "_check_object_store"):
+        monkeypatch.setattr(cluster, check, lambda *_: None)
+    return counts
+
+
+def test_a_ray_that_is_starting_is_waited_for_and_ended_once(boots, monkeypatch):
+    def start() -> None:
+        time.sleep(0.3)
+        boots["up"] += 1
+
+    monkeypatch.setattr(cluster, "_start", start)
+    with cluster.starting_ray():
+        assert boots == {"up": 0, "down": 0}, "the caller goes on meanwhile"
+        with cluster.ray_session([], "plan 'x'"):
+            assert boots == {"up": 1, "down": 0}
+        with cluster.starting_ray(), cluster.ray_session([], "plan 'x'"):
+            assert boots == {"up": 1, "down": 0}, "there is one already"
+    assert boots == {"up": 1, "down": 1}
+    with pytest.raises(UsageError), cluster.starting_ray():
+        raise UsageError("a wrong net")
+    assert boots == {"up": 2, "down": 2}, "nothing is left behind"
+
+
+def test_a_ray_that_cannot_start_is_told_to_who_needs_it(boots, monkeypatch):
+    def start() -> None:
+        raise RuntimeError("no room in /dev/shm")
+
+    monkeypatch.setattr(cluster, "_start", start)
+    with cluster.starting_ray(), pytest.raises(RuntimeError, match="no room"), cluster.ray_session([], "plan 'x'"):
+        pass
+    assert boots == {"up": 0, "down": 0}

@@ -66,6 +66,22 @@ def test_every_image_has_one_outcome_and_counts_add_up(scanned, corpus):
     assert json.loads((output / "runs/first.json").read_text()) == json.loads(json.dumps(record))
 
 
+FUSED = {"num_cpus": 1, "actors": {"min": 2, "max": 2}, "windows_per_call": 2}
+
+
+def test_fused_operators_decide_as_those_that_stand_alone(scanned, corpus, tmp_path):
+    output, record = scanned
+    fused = scan(corpus, tmp_path, small_plan(tmp_path, fused=FUSED), shard_size=100, run_id="first")
+    assert verdicts(tmp_path) == verdicts(output)
+    assert (fused["counts"], fused["plan_version"]) == (record["counts"], record["plan_version"])
+    counted = ("operator", "round", "images_in", "tests", "positive_tests", "images_out")
+    mine, theirs = (
+        sorted((tuple(work[name] for name in counted) for work in each["operators"]), key=str)
+        for each in (fused, record)
+    )
+    assert mine == theirs
+
+
 def test_quality_is_what_the_tables_say(scanned, corpus):
     output, record = scanned
     rows = read_labels(str(corpus / "labels.parquet")).to_pylist()

@@ -230,6 +230,11 @@ def test_a_table_of_uris_is_a_source(tmp_path):
     assert [row["uri"] for row in listed] == ["s3://b/x.jpg", "s3://b/y.jpg"] and listed[0]["etag"] is None
     (row,) = list_source(str(tmp_path / "list.csv"), EXCLUDE, None)
     assert row["size_bytes"] == 5
+    # A column of others is read by nobody, whatever becomes of it behind the first block.
+    lines = "".join(f"s3://b/{number}.jpg,{number}\n" for number in range(200_000))
+    (tmp_path / "long.csv").write_text("uri,note\n" + lines + "s3://b/last.jpg,free text\n")
+    *_, last = list_source(str(tmp_path / "long.csv"), EXCLUDE, None)
+    assert last["uri"] == "s3://b/last.jpg"
     (tmp_path / "bad.csv").write_text("url\nx\n")
     with pytest.raises(UsageError, match="no column 'uri'"):
         list(list_source(str(tmp_path / "bad.csv"), EXCLUDE, None))

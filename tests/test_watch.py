@@ -6,12 +6,15 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 from ray import cloudpickle
 
 from pipeline import flow, watch
 from pipeline.errors import RunError
+from pipeline.rows import Gate
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.stages import GroupStage
 from pipeline.watch import Book, Watch
@@ -64,19 +67,43 @@ class Stuck(GroupStage):
 def breaking(ray_session, monkeypatch):
     """Puts another stage into the flow. Workers cannot import this module, so it travels with its classes."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield lambda stage: monkeypatch.setattr(flow, "GroupStage", stage)
+    yield lambda stage: monkeypatch.setattr(flow, "build_stage", stage)
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-def scan(corpus, folder) -> dict:
-    plan = small_plan(folder, QUICK, window={"images": 64})
+def scan(corpus, folder, **changes) -> dict:
+    plan = small_plan(folder, QUICK, window={"images": 64}, **changes)
     return run_scan(ScanConfig(source=str(corpus), output=str(folder / "out"), plan=str(plan), run_id="r", salt="s"))
 
 
-def test_a_window_that_kills_its_actors_fails_the_run_by_name(corpus, tmp_path, breaking):
+@pytest.mark.parametrize("fused", [None, {"num_cpus": 1}])
+def test_a_window_that_kills_its_actors_fails_the_run_by_name(corpus, tmp_path, breaking, fused):
+    """And not the window that was beside it in an actor whose operators are fused."""
     breaking(Deadly)
     with pytest.raises(RunError, match=r"4 actors of 'tree' died on window 1 of shard 0.*--run-id r to go on"):
-        scan(corpus, tmp_path)
+        scan(corpus, tmp_path, fused=fused)
+
+
+def test_suspects_are_alone_and_others_together():
+    gate, together, order = Gate(), Barrier(2), []
+
+    def call(name: str, alone: bool, partner: bool) -> None:
+        with gate.pass_through(alone=alone):
+            if partner:
+                together.wait(10)  # both are inside, or this would break
+            order.append(f"{name} in")
+            time.sleep(0.05)
+            order.append(f"{name} out")
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(call, "a", False, True), pool.submit(call, "b", False, True)]:
+            done.result()
+        order.clear()
+        calls = [("c", False, False), ("suspect", True, False), ("d", False, False)]
+        for done in [pool.submit(call, *told) for told in calls]:
+            done.result()
+    place = order.index("suspect in")
+    assert order[place + 1] == "suspect out" and len(order) == 6
 
 
 def test_a_run_that_stands_still_ends_with_words(corpus, tmp_path, breaking, monkeypatch):

@@ -20,6 +20,8 @@ from pipeline.errors import UsageError
 from pipeline.machine import describe_machine, describe_versions
 
 Say = Callable[[str], None]
+Report = list[Table | str]
+"""What a benchmark prints at its end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,18 @@ from typing import Any
 
 from rich.table import Table
 
-from pipeline.bench import write_result
+from pipeline.bench import Report, Say, write_result
 from pipeline.capacity import CapacityConfig, Limit, Night, limits, plan_night
 from pipeline.simulation import Play, Played
 
 
-def bench_capacity(config: CapacityConfig) -> dict[str, Any]:
+def bench_capacity(config: CapacityConfig, say: Say) -> dict[str, Any]:
     """``nights`` on paper, the ``limits`` of all, and what became of each night when it was ``played``."""
     nights = [plan_night(config, images) for images in config.images]
-    played = [Play(config, night).run() for night in nights]
+    played = []
+    for night in nights:
+        say(f"playing a night of {night.images:,} images")
+        played.append(Play(config, night).run())
     found = limits(config)
     inputs = asdict(config) | {"json": None}
     named: dict[str, list[Any]] = {"nights": nights, "limits": found, "played": played}
@@ -25,7 +28,7 @@ def bench_capacity(config: CapacityConfig) -> dict[str, Any]:
     return named
 
 
-def capacity_tables(result: dict[str, Any]) -> list[Table]:
+def capacity_report(result: dict[str, Any]) -> Report:
     return [
         _by_field("on paper", result["nights"], Night),
         _limits_table(result["limits"]),

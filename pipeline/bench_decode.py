@@ -14,11 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image as PillowImage
-from rich.table import Table
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import resize
 
-from pipeline.bench import Clock, Rival, Sample, Say, named, plot_rates, rate_table, result_of, take_turns, write_result
+from pipeline.bench import (
+    Clock,
+    Report,
+    Rival,
+    Sample,
+    Say,
+    named,
+    plot_rates,
+    rate_table,
+    result_of,
+    take_turns,
+    write_result,
+)
 from pipeline.corpus import list_photos
 from pipeline.decode import Decoder
 from pipeline.errors import UsageError
@@ -170,7 +181,7 @@ def _difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
     return float(np.mean([np.abs(mine.astype(np.int16) - theirs).mean() for mine, theirs in pairs]))
 
 
-def decode_tables(result: dict[str, Any]) -> list[Table]:
+def decode_report(result: dict[str, Any]) -> Report:
     """One a size and side."""
     kinds = dict.fromkeys((row["size"], row["side"]) for row in result["rows"])
     return [

@@ -30,7 +30,19 @@ from botocore.exceptions import BotoCoreError, ClientError
 from obstore.exceptions import BaseError
 from rich.table import Table
 
-from pipeline.bench import Clock, Rival, Sample, Say, named, plot_rates, rate_table, result_of, take_turns, write_result
+from pipeline.bench import (
+    Clock,
+    Report,
+    Rival,
+    Sample,
+    Say,
+    named,
+    plot_rates,
+    rate_table,
+    result_of,
+    take_turns,
+    write_result,
+)
 from pipeline.demo import run_server
 from pipeline.errors import RunError, UsageError
 from pipeline.fetch import Fetcher, WindowRef
@@ -314,6 +326,10 @@ def fetch_table(result: dict[str, Any]) -> Table:
     facts = {"MB/s": "megabytes_per_s", "server's CPU s": "server_cpu_s_per_1k", "cores busy": "cores_busy"}
     rows = [row | {key: f"{row[key]:,.2f}" for key in facts.values() if row[key] is not None} for row in result["rows"]]
     return rate_table(_title(result), rows, RATE, against=BOTO3, **{"in flight": "in_flight"} | facts)
+
+
+def fetch_report(result: dict[str, Any]) -> Report:
+    return [fetch_table(result), *fetch_notes(result)]
 
 
 def fetch_notes(result: dict[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ out of train/, which no net has learnt from, and judged on test/.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 from rich.table import Table
 
 from models.card import ZOO
+from pipeline.bench import Report, Say
 from pipeline.errors import UsageError
 from pipeline.group_plans import DESIGNS, INDIVIDUAL, Entry, Fitting, load_nets, make_entries
 from pipeline.machine import describe_machine, describe_versions
@@ -82,7 +82,7 @@ class ModelsConfig:
         )  # fmt: skip
 
 
-def bench_models(config: ModelsConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def bench_models(config: ModelsConfig, say: Say) -> dict[str, Any]:
     """The rows and what they were measured on. Raises UsageError."""
     torch.set_num_threads(config.threads)
     try:
@@ -111,7 +111,7 @@ def _described(pictures: LabelledPixels, config: ModelsConfig) -> str:
 
 
 def judge_entries(
-    config: ModelsConfig, entries: list[Entry], pictures: LabelledPixels, say: Callable[[str], None]
+    config: ModelsConfig, entries: list[Entry], pictures: LabelledPixels, say: Say
 ) -> list[dict[str, Any]]:
     """Rows by prevalence; in each, individual testing first."""
     judge = Judge(
@@ -170,6 +170,16 @@ def write_results(config: ModelsConfig, result: dict[str, Any]) -> None:
                 (config.plans / f"{row['name']}.yaml").write_text(body)
     except OSError as error:
         raise UsageError(f"cannot write to {error.filename}: {error.strerror}") from error
+
+
+def models_report(result: dict[str, Any]) -> Report:
+    config = result["config"]
+    words = (
+        f"Recall is of {result['positives']:,} unique positives, each hosted by {config['redraws']} groups of re-drawn "
+        f"negatives, FPR of {result['negatives']:,} unique negatives; cost is GMAC over individual testing's."
+    )
+    written = [f"{name}: {config[key]}" for name, key in (("rows", "json"), ("plans", "plans")) if config[key]]
+    return [*models_tables(result), words, *written]
 
 
 def models_tables(result: dict[str, Any]) -> list[Table]:

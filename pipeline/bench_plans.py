@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from pipeline.bench import Report, Say
 from pipeline.errors import UsageError
 from pipeline.machine import describe_machine, describe_versions
 from pipeline.scan import ScanConfig, run_scan
@@ -46,7 +46,7 @@ class PlansConfig:
             raise UsageError(f"repeats is {self.repeats}, but each plan must be scanned with at least once")
 
 
-def bench_plans(config: PlansConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def bench_plans(config: PlansConfig, say: Say) -> dict[str, Any]:
     """A row per plan. Raises UsageError and RunError as a scan does."""
     records: dict[str, list[dict[str, Any]]] = {plan: [] for plan in config.plans}
     for turn in range(config.repeats):
@@ -89,6 +89,11 @@ def _row(plan: str, scans: list[dict[str, Any]]) -> dict[str, Any]:
         "false_positive_rate_interval": quality["false_positive_rate_interval"],
         "negatives": quality["negatives"],
     }
+
+
+def plans_report(result: dict[str, Any]) -> Report:
+    row = result["rows"][0]
+    return [plans_table(result), f"{row['positives']:,} unique positives, {row['negatives']:,} others"]
 
 
 def plans_table(result: dict[str, Any]) -> Table:

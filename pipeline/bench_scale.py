@@ -30,7 +30,7 @@ from PIL import Image
 from rich.table import Table
 
 from pipeline import commit
-from pipeline.bench import Say, machine_seconds, result_of, write_result, writing
+from pipeline.bench import Report, Say, machine_seconds, result_of, write_result, writing
 from pipeline.errors import RunError, UsageError
 from pipeline.plan import load_plan
 from pipeline.source import list_file
@@ -292,6 +292,16 @@ def driver_inputs(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     slope = max(0.0, more)
     highest = {name: max(row[name] for row in first) for name in ("listing_us", "window_ms", "commit_us", "row_bytes")}
     return highest | {"driver_bytes": slope, "driver_base_mb": (least["peak_bytes"] - slope * least["keys"]) / 1e6}
+
+
+def scale_report(result: dict[str, Any]) -> Report:
+    rows = result["rows"]
+    least, most = (f"{end(row['keys'] for row in rows):,}" for end in (min, max))
+    report: Report = [scale_table(result), f"an image of {most} costs {growth(rows):.3f} of one of {least}"]
+    if result["idle"]:
+        inputs = ", ".join(f"{name}: {value:.4g}" for name, value in driver_inputs(rows).items())
+        report.append(f"for capacity: {inputs}")
+    return report
 
 
 def scale_table(result: dict[str, Any]) -> Table:

@@ -19,11 +19,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from rich.table import Table
 
 from models.intervals import interval
 from pipeline import commit
-from pipeline.bench import Clock, Rival, Sample, Say, named, plot_rates, rate_table, result_of, take_turns, write_result
+from pipeline.bench import (
+    Clock,
+    Report,
+    Rival,
+    Sample,
+    Say,
+    named,
+    plot_rates,
+    rate_table,
+    result_of,
+    take_turns,
+    write_result,
+)
 from pipeline.decode import Decoder
 from pipeline.errors import RunError, UsageError
 from pipeline.examples import read_labels
@@ -241,8 +252,8 @@ def _decode_share(paths: list[str]) -> int:
     return 0 if window.pixels is None else len(window.pixels)
 
 
-def scan_table(result: dict[str, Any]) -> Table:
-    return rate_table(
+def scan_report(result: dict[str, Any]) -> Report:
+    table = rate_table(
         f"{result['images']:,} pictures, start-up included",
         result["rows"],
         "images_per_s",
@@ -251,3 +262,4 @@ def scan_table(result: dict[str, Any]) -> Table:
         FPR="false_positive_rate",
         **{"start-up s": "startup_s", "relative cost": "relative_cost", "what": "note"},
     )
+    return [table]

@@ -9,9 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
-from pipeline.bench import Clock, Rival, Sample, Say, named, plot_rates, rate_table, result_of, take_turns, write_result
+from pipeline.bench import (
+    Clock,
+    Report,
+    Rival,
+    Sample,
+    Say,
+    named,
+    plot_rates,
+    rate_table,
+    result_of,
+    take_turns,
+    write_result,
+)
 from pipeline.corpus import list_photos
 from pipeline.decode import Decoder
 from pipeline.device import accelerator
@@ -132,11 +143,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def stage_table(result: dict[str, Any]) -> Table:
-    return rate_table(
+def stage_report(result: dict[str, Any]) -> Report:
+    table = rate_table(
         f"stages of plan {result['plan']}",
         result["rows"],
         "images_per_s",
         against=result["rows"][0]["name"],
         **{"of its net": "of_net", "groups of": "group_size", "where": "note"},
     )
+    return [table]

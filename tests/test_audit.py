@@ -26,7 +26,7 @@ from jobs.cli import run_job
 from models.intervals import Weighted, interval, weighted_count_interval, weighted_share_interval
 from pipeline import commit, schema
 from pipeline.audit import audit
-from pipeline.commit import Ledger
+from pipeline.commit import Attempt, Ledger
 from pipeline.erase import Subject, erase
 from pipeline.errors import RunError, UsageError
 from pipeline.estimate import NOT_REVIEWED, Reviewed, estimate, recall_at_most, share_to_review
@@ -151,14 +151,15 @@ def test_every_shard_has_an_audit_table_and_it_holds_cleared_images_only(tmp_pat
 def test_an_audit_table_with_the_wrong_rows_is_never_marked(tmp_path, monkeypatch, damage):
     run = audited_run(tmp_path)
     merge = Ledger._merge
+    merged: dict[str, pa.Table] = {}
 
-    def merge_wrongly(self: Ledger, name: str, receipts: list[dict]) -> pa.Table:
-        table = merge(self, name, receipts)
+    def merge_wrongly(self: Ledger, name: str, files: list[Attempt]) -> pa.Table:
+        merged[name] = table = merge(self, name, files)
         if name != "audit":
             return table
         if damage == "rows twice":
             return pa.concat_tables([table, table])
-        flagged = merge(self, "flagged", receipts)["image_id"][0].as_py()
+        flagged = merged["flagged"]["image_id"][0].as_py()
         ids = [flagged, *table["image_id"].to_pylist()[1:]]
         return table.set_column(1, "image_id", pa.array(ids))
 

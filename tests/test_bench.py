@@ -14,9 +14,9 @@ from PIL import Image as Pillow
 from rich.console import Console
 
 from pipeline.bench import Clock, Rival, Sample, named, plot_rates, rate_table, result_of, take_turns, write_result
-from pipeline.bench_decode import DecodeBenchConfig, bench_decode, decode_tables
-from pipeline.bench_scan import NAMES, ScanBenchConfig, bench_scan, scan_table
-from pipeline.bench_stage import StageBenchConfig, bench_stage, stage_table
+from pipeline.bench_decode import DecodeBenchConfig, bench_decode, decode_report
+from pipeline.bench_scan import NAMES, ScanBenchConfig, bench_scan, scan_report
+from pipeline.bench_stage import StageBenchConfig, bench_stage, stage_report
 from pipeline.errors import UsageError
 from tests.conftest import QUICK, small_plan
 
@@ -25,9 +25,9 @@ def silent(_: str) -> None:
     pass
 
 
-def shown(table) -> str:
+def shown(*tables) -> str:
     text = io.StringIO()
-    Console(width=200, file=text).print(table)
+    Console(width=200, file=text).print(*tables)
     return text.getvalue()
 
 
@@ -101,7 +101,7 @@ def test_decoders_are_compared_with_a_full_decode(pictures, tmp_path):
         assert row["difference"] == 0 if row["name"] == "pillow-full" else 0 <= row["difference"] < 2
     assert json.loads((tmp_path / "d.json").read_text())["rows"] == result["rows"]
     assert {path.name for path in tmp_path.glob("*.svg")} == {"d-400x300.svg", "d-131x97.svg"}
-    assert all("pillow-full" in shown(table) for table in decode_tables(result))
+    assert all("pillow-full" in shown(table) for table in decode_report(result))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_stage_is_compared_with_its_net(pictures, tmp_path):
     assert [row["name"] for row in result["rows"]] == ["net:tree", "stage:tree"]
     assert [row["group_size"] for row in result["rows"]] == [4, 4]
     assert result["rows"][0]["of_net"] == 1 and 0 < result["rows"][1]["of_net"] < 2
-    assert "stage:tree" in shown(stage_table(result))
+    assert "stage:tree" in shown(*stage_report(result))
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_all_rivals_scan_the_same_pictures(labelled, tmp_path):
     found = {row["name"]: row.get("recall") for row in result["rows"]}
     assert found["ray-template"] == found["dataloader"] == pytest.approx(found["ours-individual"], abs=0.21)
     assert found["ours-planned"] > 0.5 and found["decode-limit"] is None
-    assert "start-up s" in shown(scan_table(result))
+    assert "start-up s" in shown(*scan_report(result))
 
 
 def test_rivals_and_folders_that_are_not_there_are_refused(tmp_path):

@@ -17,7 +17,7 @@ import yaml
 from jobs.benchmark import COMMANDS
 from jobs.cli import parse, run_command
 from pipeline import bench_scale, commit
-from pipeline.bench_capacity import bench_capacity, capacity_tables
+from pipeline.bench_capacity import bench_capacity, capacity_report
 from pipeline.bench_scale import (
     PICTURES,
     ScaleConfig,
@@ -26,7 +26,7 @@ from pipeline.bench_scale import (
     growth,
     plot_scale,
     row_of,
-    scale_table,
+    scale_report,
     watch,
     write_listing,
 )
@@ -143,7 +143,7 @@ def test_rows_are_compared_and_become_the_inputs_of_the_paper(tmp_path):
     )
     assert driver_inputs(rows[:1])["driver_bytes"] == 0
     result = {"idle": True, "shard_size": 1_000_000, "rows": rows}
-    assert scale_table(result).row_count == 3
+    assert scale_report(result)[0].row_count == 3
     plot_scale(tmp_path / "new" / "scale.svg", result)
     assert "<svg" in (tmp_path / "new" / "scale.svg").read_text()
 
@@ -257,7 +257,8 @@ def test_the_pages_inputs_are_read_and_end_as_tables_and_json(tmp_path):
     file = yaml.safe_load(PAGE.read_text()) | {"images": [10_000_000], "json": str(tmp_path / "c.json")}
     (tmp_path / "scale.yaml").write_text(yaml.safe_dump(file))
     config = parse("jobs.benchmark capacity", CapacityConfig, ["--config", str(tmp_path / "scale.yaml")])
-    tables = capacity_tables(bench_capacity(config))
+    said: list[str] = []
+    tables = capacity_report(bench_capacity(config, said.append))
     assert [table.row_count for table in tables] == [20, 5, 6]
     written = json.loads((tmp_path / "c.json").read_text())
     assert written["nights"][0]["images"] == written["played"][0]["images"] == 10_000_000

@@ -157,8 +157,8 @@ def test_mistakes_are_one_line_and_exit_2(zoo, data, tmp_path, monkeypatch, caps
         for word in words:
             assert word in lines[0]
 
-    expect(words=("give one of decode, fetch, models",))
-    expect("modles", words=("'modles'", "give one of decode, fetch, models"))
+    expect(words=("give one of capacity, decode, fetch, models",))
+    expect("modles", words=("'modles'", "give one of capacity, decode, fetch, models"))
     expect("models", words=("--data",))
     expect("models", "--data", tmp_path / "none.tar", "--zoo", zoo, words=("none.tar", "No such file"))
     expect("models", "--data", data, "--zoo", tmp_path, words=("cifar-single", "is missing"))

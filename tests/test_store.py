@@ -137,15 +137,17 @@ def test_a_store_that_overwrites_is_refused_and_allowed_on_a_promise(endpoint, m
 
 
 def test_an_outage_is_waited_for_and_no_longer_than_patience(endpoint):
-    began = time.monotonic()
-    faults = Faults(share={"403": 1.0}, matches=lambda method, key: time.monotonic() - began < 4)
+    over = threading.Event()
+    faults = Faults(share={"403": 1.0}, matches=lambda method, key: not over.is_set())
     with fault_proxy(endpoint, faults) as url:
         store = Store(f"s3://{BUCKET}/outage", url)
         with pytest.raises(StoreError, match="403"):
             replace(store, patience=1.0).write("x", b"1")
+        refused, began = faults.hits["403"], time.monotonic()
+        threading.Timer(4, over.set).start()
         patient = replace(store, patience=30.0)
         patient.write("x", b"1")
-        assert patient.read("x") == b"1"
+        assert patient.read("x") == b"1" and faults.hits["403"] > refused > 1
     assert 4 < time.monotonic() - began < 25
 
 

@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pipeline jobs models tests
 
 .DEFAULT_GOAL := help
-.PHONY: help scan test test-all bench quality lock
+.PHONY: help scan test test-all test-gpu bench quality lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ test: $(INSTALLED) ## run the quick tests; one file: make test ARGS=tests/test_s
 
 test-all: $(INSTALLED) ## run the quick and the slow tests
 	$(BIN)/python -m pytest -m "not load and not gpu" $(ARGS)
+
+test-gpu: $(INSTALLED) ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: $(INSTALLED) ## run the load tests: throughput on a machine that does nothing else
 	@$(BIN)/python -m pytest -m load -s $(ARGS) || { [ $$? -eq 5 ] && echo "there are no load tests yet"; }

@@ -28,6 +28,7 @@ from pipeline.groups import Group, form_groups, slots
 from pipeline.layout import padded
 from pipeline.nets import StageCost, check_stage, stage_cost
 from pipeline.plan import StageSpec
+from pipeline.upload import Upload
 from pipeline.window import GroupTest, Window, Work
 
 # By id of a window: in which row of its pixels the image of a position is, decided or not.
@@ -69,6 +70,7 @@ class GroupStage:
         # float32 means float32: TF32 would move scores by more than a change of batch does.
         torch.backends.cudnn.allow_tf32 = False
         self.net.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.upload = Upload(self.device)
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, round(spec.num_cpus)))
 
@@ -203,7 +205,7 @@ class GroupStage:
         """Logits (G, K) of the second grouping, from the features (N, X) per batch that the first one has kept."""
         places = ((group, position) for group in first for position in group.members)
         row_of = {(id(group.window), position): row for row, (group, position) in enumerate(places)}
-        logits = [torch.empty(0, self.net.num_categories)]
+        logits = [self._no_logits()]
         width = self._groups_per_batch(size)
         for start in range(0, len(second), width):
             members = second[start : start + width]
@@ -214,27 +216,26 @@ class GroupStage:
                 rows[slot] = row_of[id(group.window), position]
                 present[slot] = True
             units_NX = _gather(batches, rows)
-            logits_GK = self.net.regroup(units_NX, torch.from_numpy(present).to(self.device), size)
-            logits.append(logits_GK.float().cpu())
+            logits.append(self.net.regroup(units_NX, self.upload(present), size))
         return torch.cat(logits)[: len(second)]
 
     def _test(self, groups: list[Group], size: int, pixel_rows: PixelRows) -> tuple[Tensor, list[Kept]]:
         """Logits (G, K) of tests from pixels, and per device batch what it keeps for later rounds."""
-        logits, batches = [torch.empty(0, self.net.num_categories)], []
+        logits, batches = [self._no_logits()], []
         for images_NCHW, present_N in self._batches(groups, size, pixel_rows):
             logits_GK, features = self.net.test(images_NCHW, present_N, size)
-            logits.append(logits_GK.float().cpu())
+            logits.append(logits_GK)
             batches.append(features)
         return torch.cat(logits)[: len(groups)], batches
 
     def _retest(self, kept: Kept, size: int) -> Tensor:
         """Logits (G, K) of a later round, from kept features."""
-        logits = [torch.empty(0, self.net.num_categories)]
+        logits = [self._no_logits()]
         if kept.units:
             width = self._groups_per_batch(size)
             for units_UCHW in kept.units[size].split(width):
                 shape = padded(len(units_UCHW), width)
-                logits.append(self.net.retest(_pad(units_UCHW, shape), size)[: len(units_UCHW)].float().cpu())
+                logits.append(self.net.retest(_pad(units_UCHW, shape), size)[: len(units_UCHW)])
         return torch.cat(logits)
 
     def _batches(self, groups: list[Group], size: int, pixel_rows: PixelRows) -> Iterator[tuple[Tensor, Tensor]]:
@@ -250,8 +251,8 @@ class GroupStage:
                 assert group.window.pixels is not None
                 pixels[slot] = group.window.pixels[pixel_rows[id(group.window)][position]]
                 present[slot] = True
-            images = self.net.trunk.normalise(torch.from_numpy(pixels).to(self.device)).to(self.dtype)
-            yield images, torch.from_numpy(present).to(self.device)
+            images = self.net.trunk.normalise(self.upload(pixels)).to(self.dtype)
+            yield images, self.upload(present)
 
     def _groups_per_batch(self, size: int) -> int:
         return max(1, self.batch_images // size)
@@ -266,8 +267,12 @@ class GroupStage:
             ]
         )
 
+    def _no_logits(self) -> Tensor:
+        return torch.empty(0, self.net.num_categories, device=self.device, dtype=self.dtype)
+
     def _to_scores(self, logits_GK: Tensor) -> np.ndarray:
-        return torch.sigmoid(logits_GK[:, self.columns]).numpy()
+        # Not before: while this waits for the device, no batch of a round would be on its way.
+        return torch.sigmoid(logits_GK.float().cpu()[:, self.columns]).numpy()
 
     def _judge(self, number: int, groups: list[Group], scores_GK: np.ndarray) -> np.ndarray:
         """Records the test with its members, clears those of negative groups; which are positive (G,)."""

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline import commit
 from pipeline.schema import CONTENTS, FINDING, FLAGGED
-from pipeline.source import SORT
+from pipeline.source import JOIN
 from pipeline.store import Store, digest
 
 PART_ROWS = 2_000_000
@@ -94,7 +94,7 @@ def _open(store: Store, part: Part) -> _OpenPart:
 def write_contents(earlier: Path, store: Store, prefix: str) -> tuple[Part, ...]:
     """``earlier``: a folder of ``schema.EARLIER`` files. Writes the parts below ``prefix``."""
     parts: list[Part] = []
-    with duckdb.connect(config=SORT | {"temp_directory": f"{earlier}/sort"}) as connection:
+    with duckdb.connect(config=JOIN | {"temp_directory": f"{earlier}/sort"}) as connection:
         for rows in _batches(connection.sql(_JUDGED.format(folder=earlier))):
             table = _with_findings(rows, store)
             if not table.num_rows:

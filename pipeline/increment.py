@@ -15,8 +15,6 @@ from pathlib import Path
 
 import duckdb
 
-from pipeline.schema import EARLIER
-
 # What has become of the listed objects, image ids once each, and which run judged the unchanged ones.
 _COUNTS = """
     SELECT CASE WHEN same AND judged_run_id IS NOT NULL THEN 'unchanged'
@@ -31,12 +29,10 @@ _COUNTS = """
     GROUP BY ALL
 """
 _DELETED = "SELECT count(DISTINCT uri) FROM earlier ANTI JOIN listed USING (uri)"
-# Judged objects come last: what is tested fills whole windows.
-_ORDERED = """
+_JUDGED = """
     SELECT l.* EXCLUDE (traceable), e.judged_run_id, e.judged_outcome, e.sha256 FROM listed AS l
     LEFT JOIN (SELECT * FROM earlier WHERE judged_run_id IS NOT NULL) AS e
       ON e.image_id = l.image_id AND l.traceable AND NOT l.canary
-    ORDER BY e.judged_run_id IS NOT NULL, l.rank, l.image_id, l.uri
 """
 
 
@@ -65,21 +61,17 @@ class Increment:
     """Of the unchanged ones: how many each run has judged."""
 
 
-def match(connection: duckdb.DuckDBPyConnection, listed: Path, earlier: Earlier | None) -> None:
-    """Makes the tables ``listed`` (of a folder of Parquet files) and ``earlier``, which may be none."""
-    if earlier is None:
-        connection.register("earlier", EARLIER.empty_table())
-        traceable = "false"
-    else:
-        connection.execute(f"CREATE VIEW earlier AS SELECT * FROM '{earlier.folder}/*.parquet'")
-        moment = f"TIMESTAMPTZ '{earlier.listed_at.isoformat()}'"
-        traceable = f"etag IS NOT NULL AND (modified_at IS NULL OR modified_at < {moment})"
+def match(connection: duckdb.DuckDBPyConnection, listed: Path, earlier: Earlier) -> None:
+    """Makes the tables ``listed``, of a folder of Parquet files, and ``earlier``."""
+    connection.execute(f"CREATE VIEW earlier AS SELECT * FROM '{earlier.folder}/*.parquet'")
+    moment = f"TIMESTAMPTZ '{earlier.listed_at.isoformat()}'"
+    traceable = f"etag IS NOT NULL AND (modified_at IS NULL OR modified_at < {moment})"
     connection.execute(f"CREATE VIEW listed AS SELECT *, {traceable} AS traceable FROM '{listed}/*.parquet'")
 
 
-def ordered(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
-    """Every listed row, in the order of the manifest, with the verdict that stands, if one does."""
-    return connection.sql(_ORDERED)
+def judged(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
+    """Every listed row, with the verdict that stands, if one does."""
+    return connection.sql(_JUDGED)
 
 
 def count(connection: duckdb.DuckDBPyConnection) -> Increment:

@@ -47,6 +47,13 @@ MANIFEST = pa.schema(
     ]
 )
 
+# A listed object on its way into the manifest.
+LISTED = pa.schema(
+    [MANIFEST.field(name) for name in ("uri", "size_bytes", "etag", "modified_at", "image_id", "canary")]
+    + [pa.field("rank", pa.int64())]  # its place: a salted hash of the image id
+)
+RANKED = pa.schema([*LISTED, *(MANIFEST.field(name) for name in ("judged_run_id", "judged_outcome", "sha256"))])
+
 # What the newest comparable run says of each object it listed: tonight's listing is joined with it.
 EARLIER = pa.schema(
     [

@@ -30,26 +30,22 @@ import pyarrow.parquet as pq
 from botocore.exceptions import ClientError
 
 from pipeline.errors import UsageError
-from pipeline.increment import Earlier, Increment, count, match, ordered
+from pipeline.increment import Earlier, Increment, count, judged, match
 from pipeline.inventory import is_report, list_report
+from pipeline.ordering import Sorter
 from pipeline.plan import WindowSpec
-from pipeline.schema import MANIFEST
+from pipeline.schema import LISTED, MANIFEST, RANKED
 from pipeline.storage import Location, list_side_by_side, parse_uri, read_object, s3_client
 from pipeline.store import Store, digest
 
-LISTED = pa.schema(
-    [MANIFEST.field(name) for name in ("uri", "size_bytes", "etag", "modified_at", "image_id", "canary")]
-    + [pa.field("rank", pa.int64())]
-)
 TOLD = ("uri", "size_bytes", "etag", "modified_at")
 """What a table of uris may say of each."""
 BLANK = dict.fromkeys(("size_bytes", "etag", "modified_at"))
 """What a source does not tell of an object."""
 LISTED_CHUNK = 20_000
 ROW_GROUP = 4096
-SORT: dict[str, Any] = {"memory_limit": "200MB", "threads": 4}
-"""Of DuckDB. What does not fit it sorts on disk: whoever drives a scan holds torch and Ray besides, and each of many
-threads would want memory of its own."""
+JOIN: dict[str, Any] = {"memory_limit": "1GB", "threads": 2, "preserve_insertion_order": "false"}
+"""Of DuckDB. What does not fit it joins on disk, and each of many threads would want memory of its own."""
 # Base names that are not listed: bookkeeping of tools, hidden files, tables.
 DEFAULT_EXCLUDE = ("_*", ".*", "*.parquet")
 
@@ -230,26 +226,27 @@ def build_manifest(
 
     ``earlier``: what an earlier run says of the objects it listed.
     """
-    with tempfile.TemporaryDirectory(prefix="dorfman-manifest-") as folder:
-        listed = Path(folder) / "listed"
-        listed.mkdir()
-        _spool(rows, salt, listed)
-        writer = _ShardWriter(store, prefix)
-        cutter = _Cutter(window, shard_size)
+    with tempfile.TemporaryDirectory(prefix="dorfman-manifest-") as name:
+        folder = Path(name)
+        sorter, writer, cutter = Sorter(folder), _ShardWriter(store, prefix), _Cutter(window, shard_size)
+        listed = _ranked(rows, salt)
+        increment = None
+        if earlier is None:
+            for table in listed:
+                sorter.add(_unjudged(table))
+        else:
+            increment = _join(listed, earlier, folder, sorter)
         duplicates = canaries = 0
         last_id = None
-        increment = None
-        if any(listed.iterdir()):
-            with duckdb.connect(config=SORT | {"temp_directory": f"{folder}/sort"}) as connection:
-                match(connection, listed, earlier)
-                for batch in ordered(connection).to_arrow_reader(LISTED_CHUNK):
-                    ids = batch["image_id"].to_pylist()
-                    once = pa.Table.from_batches([batch]).filter(list(map(ne, ids, [last_id, *ids])))
-                    last_id = ids[-1]
-                    duplicates += len(ids) - len(once)
-                    canaries += pc.sum(once["canary"]).as_py() or 0
-                    writer.add(cutter.cut(once))
-                increment = count(connection) if earlier else None
+        for table in sorter.read():
+            for start in range(0, len(table), LISTED_CHUNK):
+                part = table.slice(start, LISTED_CHUNK)
+                ids = part["image_id"].to_pylist()
+                once = part.filter(list(map(ne, ids, [last_id, *ids])))
+                last_id = ids[-1]
+                duplicates += len(ids) - len(once)
+                canaries += pc.sum(once["canary"]).as_py() or 0
+                writer.add(cutter.cut(once))
         return Manifest(
             shards=tuple(writer.close()),
             duplicates=duplicates,
@@ -259,19 +256,38 @@ def build_manifest(
         )
 
 
-def _spool(rows: Iterable[dict[str, Any]], salt: str, folder: Path) -> None:
+def _ranked(rows: Iterable[dict[str, Any]], salt: str) -> Iterator[pa.Table]:
+    """``schema.LISTED``, some thousand rows at a time."""
     key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
     remaining = iter(rows)
-    for index in itertools.count():
-        chunk = list(itertools.islice(remaining, LISTED_CHUNK))
-        if not chunk:
-            return
+    while chunk := list(itertools.islice(remaining, LISTED_CHUNK)):
         for row in chunk:
             row["image_id"] = image_id(row["uri"], row["etag"])
             row.setdefault("canary", False)
             digest = hashlib.blake2b(row["image_id"].encode(), key=key, digest_size=8).digest()
             row["rank"] = int.from_bytes(digest, "big", signed=True)
-        pq.write_table(pa.Table.from_pylist(chunk, LISTED), folder / f"{index:06d}.parquet")
+        yield pa.Table.from_pylist(chunk, LISTED)
+
+
+def _unjudged(listed: pa.Table) -> pa.Table:
+    """``schema.RANKED``, of objects that no earlier run has judged."""
+    nothing = [pa.nulls(len(listed), field.type) for field in RANKED if field.name not in LISTED.names]
+    return pa.table([*listed.columns, *nothing], schema=RANKED)
+
+
+def _join(listed: Iterable[pa.Table], earlier: Earlier, folder: Path, sorter: Sorter) -> Increment | None:
+    """Hands on what is listed, with the verdicts that stand. None when nothing is listed."""
+    there = folder / "listed"
+    there.mkdir()
+    for number, table in enumerate(listed):
+        pq.write_table(table, there / f"{number:06d}.parquet")
+    if not any(there.iterdir()):
+        return None
+    with duckdb.connect(config=JOIN | {"temp_directory": f"{folder}/join"}) as connection:
+        match(connection, there, earlier)
+        for batch in judged(connection).to_arrow_reader(LISTED_CHUNK):
+            sorter.add(pa.Table.from_batches([batch]).cast(RANKED))
+        return count(connection)
 
 
 def manifest_bytes(rows: pa.Table) -> bytes:

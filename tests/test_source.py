@@ -6,16 +6,20 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import ordering
 from pipeline.errors import UsageError
 from pipeline.fetch import Fetcher
 from pipeline.flow import window_refs
+from pipeline.ordering import Sorter
 from pipeline.plan import Preparation, WindowSpec
+from pipeline.schema import RANKED
 from pipeline.source import build_manifest, image_id, list_source
 from pipeline.storage import is_plain_key, parse_uri, s3_client
 from pipeline.store import Store
@@ -252,3 +256,25 @@ def test_uris_survive_parsing():
     assert parse_uri(location.uri) == location
     with pytest.raises(UsageError, match="names no bucket"):
         parse_uri("s3:///x")
+
+
+def test_rows_come_in_order_whatever_slice_and_file_they_are_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(ordering, "RUN_ROWS", 100)
+    monkeypatch.setattr(ordering, "SLICE_ROWS", 70)
+    rng = np.random.default_rng(5)
+    ranks = [*rng.integers(-(2**63), 2**63 - 1, 997).tolist(), -(2**63), 2**63 - 1, 2**63 - 1]
+    judged = rng.random(1000) < 0.3
+    rows = [
+        dict.fromkeys(RANKED.names)
+        | {"uri": f"s3://b/{number}", "image_id": f"{number % 990:04d}", "canary": False, "rank": rank}
+        | ({"judged_run_id": "r", "judged_outcome": "cleared"} if judged[number] else {})
+        for number, rank in enumerate(ranks)
+    ]
+    sorter = Sorter(tmp_path)
+    for start in range(0, 1000, 30):
+        sorter.add(pa.Table.from_pylist(rows[start : start + 30], RANKED))
+    parts = list(sorter.read())
+    assert len(parts) > 10 and pa.concat_tables(parts).to_pylist() == sorted(
+        rows, key=lambda row: (row["judged_run_id"] is not None, row["rank"], row["image_id"], row["uri"])
+    )
+    assert not list(Sorter(tmp_path / "empty").read())

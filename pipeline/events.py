@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
@@ -83,8 +83,11 @@ _chosen: list[str] = []
 """The format that this process was asked for, if it was."""
 
 
-def configure(format: Literal["text", "json"] | None) -> None:
-    """Decides how this process tells events; None: as DORFMAN_LOG_FORMAT says, or else as text. Raises UsageError."""
+def configure(format: str | None) -> None:
+    """Decides in which of FORMATS this process tells events; None: as DORFMAN_LOG_FORMAT says, or else as text.
+
+    Raises UsageError.
+    """
     wanted = os.environ.get(VARIABLE) or "text"
     if wanted not in FORMATS:
         raise UsageError(f"{VARIABLE} is {wanted!r}: give one of {', '.join(FORMATS)}")

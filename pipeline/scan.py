@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipeline import commit, schema
 from pipeline.bank import freeze_banks
@@ -21,7 +21,7 @@ from pipeline.cluster import starting_ray
 from pipeline.contents import write_contents
 from pipeline.earlier import find_earlier, judged_otherwise, write_earlier
 from pipeline.errors import RunError, RunSuspect, UsageError
-from pipeline.events import Events
+from pipeline.events import FORMATS, Events
 from pipeline.examples import read_labels
 from pipeline.failure import one_line
 from pipeline.fetch import Fetcher
@@ -92,8 +92,9 @@ class ScanConfig:
     metrics_port: int | None = None
     """Port of the Prometheus endpoint of a Ray that the scan starts for itself; it then stays half a minute after the
     end, to be scraped. Default: any port, and no wait."""
-    log_format: Literal["text", "json"] | None = None
-    """How the scan tells what happens: lines, or JSON objects. Default: DORFMAN_LOG_FORMAT, or else text."""
+    log_format: str | None = None
+    """How the scan tells what happens: text for lines, json for an object a line. Default: as DORFMAN_LOG_FORMAT says, or
+    else text."""
     report_thumbnails: bool = False
     """Show flagged pictures in the report. Reports travel, and real ones would carry what must not."""
 
@@ -116,6 +117,8 @@ class ScanConfig:
         check_endpoint(self.endpoint_url)
         if not 0 < self.false_alarms < 1:
             raise UsageError(f"false alarms is {self.false_alarms}, but it is a share between 0 and 1")
+        if self.log_format not in (None, *FORMATS):
+            raise UsageError(f"--log-format is {self.log_format!r}: give one of {', '.join(FORMATS)}")
         if self.metrics_port is not None and not 1024 <= self.metrics_port <= 65535:
             raise UsageError(f"metrics port is {self.metrics_port}, but it must be one from 1024 to 65535")
         if not 0 <= self.max_outage <= 1:

@@ -66,7 +66,11 @@ def test_the_same_events_are_objects(night, capsys):
     moments = [datetime.fromisoformat(entry["ts"]) for entry in told]
     assert moments == sorted(moments) and all(moment.tzinfo for moment in moments)
     assert (told[0]["listed"], told[0]["shards"]) == (40, 3) and told[1]["message"] == "run r: scanning 40 images"
-    assert [(entry["shard"], entry["images"], entry["done"]) for entry in told[2:5]] == [(0, 16, 1), (1, 16, 2), (2, 8, 3)]
+    assert [(entry["shard"], entry["images"], entry["done"]) for entry in told[2:5]] == [
+        (0, 16, 1),
+        (1, 16, 2),
+        (2, 8, 3),
+    ]
     assert told[-1]["counts"] == record["counts"] and told[-1]["relative_cost"] == record["relative_cost"]
 
 
@@ -105,7 +109,9 @@ def test_the_flag_goes_before_the_environment(monkeypatch):
 
 def test_a_sentence_is_shown_as_it_is():
     out = io.StringIO()
-    Events("r", Console(file=out, width=40)).tell("x", "a [bold]name[/bold] that is longer than the console is wide", a=1)
+    Events("r", Console(file=out, width=40)).tell(
+        "x", "a [bold]name[/bold] that is longer than the console is wide", a=1
+    )
     assert out.getvalue() == "a [bold]name[/bold] that is longer than the console is wide\n"
     out.truncate(0)
     Events("r", Console(file=out)).tell("machines only", level=logging.WARNING)

@@ -93,8 +93,8 @@ class ScanConfig:
     """Port of the Prometheus endpoint of a Ray that the scan starts for itself; it then stays half a minute after the
     end, to be scraped. Default: any port, and no wait."""
     log_format: str | None = None
-    """How the scan tells what happens: text for lines, json for an object a line. Default: as DORFMAN_LOG_FORMAT says, or
-    else text."""
+    """How the scan tells what happens: text for lines, json for an object a line. Default: what DORFMAN_LOG_FORMAT
+    says, or else text."""
     report_thumbnails: bool = False
     """Show flagged pictures in the report. Reports travel, and real ones would carry what must not."""
 

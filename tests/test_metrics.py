@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -261,3 +265,27 @@ def test_what_prometheus_scrapes_during_a_scan_and_after_it_adds_up_to_the_ledge
     assert shown[-1]["dorfman_run_listed", run] == 61 == sum(committed.values())
     ended = commit.read_json(Store(str(tmp_path / "out")), commit.record_key("r"))
     assert ended is not None and shown[-1]["dorfman_run_relative_cost", run] == pytest.approx(ended["relative_cost"])
+
+
+@pytest.mark.slow
+def test_a_scan_without_a_cluster_stays_to_be_scraped_where_it_was_told_to(corpus, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    plan = small_plan(tmp_path, QUICK, name="alone")
+    command = [sys.executable, "-m", "jobs.scan", "--source", str(corpus), "--output", str(tmp_path / "out"), "--plan"]
+    command += [str(plan), "--run-id", "r", "--metrics-port", str(port), "--log-format", "json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as scan:
+        assert scan.stdout is not None
+        events = (json.loads(line) for line in scan.stdout)
+        complete = next(event for event in events if event["event"] == "complete")
+        began, found = time.monotonic(), {}
+        while sum(found.values()) < 320 and time.monotonic() - began < 25:
+            time.sleep(0.5)
+            with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10) as answer:
+                series = parsed(answer.read().decode())
+            found = {dict(key[1])["outcome"]: n for key, n in series.items() if key[0] == "dorfman_images_total"}
+        print(f"all counts were there {time.monotonic() - began:.1f} s after the end")
+        assert found == {kind: n for kind, n in complete["counts"].items() if n and kind != "listed"}
+        assert [event["event"] for event in events] == ["counted", "written"]
+    assert scan.returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -13,7 +14,8 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
 from rich.console import Console
 
-from pipeline.errors import RunError, RunStopped, UsageError
+from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
+from pipeline.events import Events, told_as_json
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -29,7 +31,7 @@ def run_command(job: str, commands: Mapping[str, tuple[type, Callable[[Any], Non
 
 
 def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn:
-    """Parses ``sys.argv`` into ``config_type``, runs the job and exits: 0 done, 1 failed, 2 wrong usage, 4 stopped.
+    """Parses ``sys.argv`` into ``config_type``, runs the job and exits with the code that ``pipeline.errors`` gives.
 
     Every field is a flag; ``--config FILE.yaml`` gives values that flags override.
     """
@@ -37,7 +39,7 @@ def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn
         run(parse(job, config_type, sys.argv[1:]))
     except CycloptsError as error:
         _end(UsageError.exit_code, f"{job}: {error}")
-    except (UsageError, RunError, RunStopped) as error:
+    except (UsageError, RunError, RunStopped, RunSuspect) as error:
         _end(error.exit_code, f"{job}: {error}")
     except KeyboardInterrupt:
         _end(1, f"{job}: interrupted")
@@ -45,7 +47,10 @@ def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn
 
 
 def _end(code: int, message: str) -> NoReturn:
-    errors.print(message, style="red", markup=False)
+    if told_as_json():
+        Events().tell("ended", message, level=logging.ERROR, exit_code=code)
+    else:
+        errors.print(message, style="red", markup=False)
     sys.exit(code)
 
 

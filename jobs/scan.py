@@ -8,15 +8,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from rich.console import Console
-
 from jobs.cli import run_job
 from pipeline.demo import SOURCE, demo_corpus
 from pipeline.errors import UsageError
+from pipeline.events import Events, configure
 from pipeline.nets import check_models
 from pipeline.plan import load_plan
 from pipeline.progress import closing_table
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.scan import ScanConfig, check_accepted, run_scan
 from pipeline.store import Store
 
 
@@ -24,7 +23,8 @@ from pipeline.store import Store
 class JobConfig(ScanConfig):
     """Scans the images of a bucket or folder for violating ones and writes tables, a run record and a report.
 
-    Exit codes: 0 complete, 1 the run failed, 2 wrong usage, configuration or no input, 4 stopped at a limit.
+    Exit codes: 0 complete, 1 the run failed, 2 wrong usage, configuration or no input, 3 complete but unlike the runs
+    before it, 4 stopped at a limit.
     """
 
     demo: bool = False
@@ -49,12 +49,13 @@ class JobConfig(ScanConfig):
 
 
 def run(config: JobConfig) -> None:
-    console = Console()
+    configure(config.log_format)
+    events = Events(config.run_id)
     with ExitStack() as stack:
         if config.demo:
             plan = load_plan(config.plan)
             check_models(plan)
-            console.print(f"drawing {config.demo_images:,} demo pictures into an embedded S3 server")
+            events.tell("drawing", f"drawing {config.demo_images:,} demo pictures into an embedded S3 server")
             corpus = demo_corpus(config.demo_images, config.demo_prevalence, config.demo_seed, plan.categories)
             demo = stack.enter_context(corpus)
             labels = Store(config.output).write("labels.parquet", demo.labels)
@@ -63,10 +64,11 @@ def run(config: JobConfig) -> None:
                 report_thumbnails=True,
             )  # fmt: skip
         record = run_scan(config)
-    console.print(closing_table(record))
-    console.print(
-        f"tables, run record and report: {config.output}, runs/{record['run_id']}/report.html", soft_wrap=True
-    )
+    events = Events(record["run_id"])
+    events.tell("counted", closing_table(record), counts=record["counts"])
+    report = f"runs/{record['run_id']}/report.html"
+    events.tell("written", f"tables, run record and report: {config.output}, {report}", report=report)
+    check_accepted(config, record)
 
 
 if __name__ == "__main__":

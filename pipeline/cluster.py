@@ -23,27 +23,34 @@ _starts: list[Future] = []
 """The start of this process's own Ray that is under way, if one is: Ray is one for the process too."""
 
 
+METRICS_SECONDS = 30
+"""How long a Ray of our own stays for the last scrape: twice what Prometheus is mostly told to wait between two."""
+
+
 @contextmanager
-def starting_ray() -> Iterator[None]:
+def starting_ray(metrics_port: int | None = None) -> Iterator[None]:
     """Starts a Ray on this machine for the ``ray_session`` within, while the caller goes on importing.
 
-    Does nothing where there is one already, or where RAY_ADDRESS names one: joining takes no time.
+    ``metrics_port``: where Prometheus scrapes it, which then gets the time to. Does nothing where there is one already,
+    or where RAY_ADDRESS names one: joining takes no time.
     """
     if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
         yield
         return
     with ThreadPoolExecutor(1) as thread:
-        start = thread.submit(_start)
+        start = thread.submit(_start, metrics_port)
         _starts.append(start)
         try:
             yield
         finally:
             _starts.remove(start)
             if start.exception() is None:  # else whoever needed it was told
+                if metrics_port:
+                    time.sleep(METRICS_SECONDS)
                 ray.shutdown()
 
 
-def _start() -> None:
+def _start(metrics_port: int | None = None) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # "local": or it would join, or trip over, whatever cluster happens to run on this machine.
     ray.init(
@@ -52,6 +59,7 @@ def _start() -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        _metrics_export_port=metrics_port,
     )
 
 

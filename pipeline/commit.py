@@ -3,6 +3,7 @@
     OUT/_state/<run_id>/run.json             what the run is: frozen when it starts
     OUT/_state/<run_id>/manifest-*/          one file per shard; run.json names the folder that counts
     OUT/_state/<run_id>/epochs/000001.json   one per driver that took the run over
+    OUT/_state/<run_id>/heartbeats/          one file per driver, which says every half minute that it is alive
     OUT/_state/<run_id>/markers/shard-*.json the decision that a shard is done, and with which files
     OUT/_attempts/<run_id>/                  what the sink wrote; read by nobody but this module
     OUT/<table>/scan_date=D/<run_id>-shard-00000.parquet
@@ -65,6 +66,15 @@ def failure_key(run_id: str) -> str:
     return f"runs/{run_id}/failure.txt"
 
 
+def heartbeat_key(run_id: str, epoch: int) -> str:
+    """Of a driver, not of the run: one that was cut off and goes on does not write over that of who took over."""
+    return f"{state_prefix(run_id)}/heartbeats/{epoch:06d}.json"
+
+
+def accepted_key(run_id: str) -> str:
+    return f"runs/{run_id}/accepted.json"
+
+
 def audit_key(run_id: str) -> str:
     return f"runs/{run_id}/audit.json"
 
@@ -73,9 +83,13 @@ def report_key(run_id: str) -> str:
     return f"runs/{run_id}/report.html"
 
 
-def complete_runs(store: Store) -> list[str]:
-    """Names of the runs that have a record: it is written last, so theirs are the tables that count."""
-    keys = (key for key in store.sizes("runs") if key.count("/") == 1 and key.endswith(".json"))
+def complete_runs(store: Store, found: Iterable[str] | None = None) -> list[str]:
+    """Names of the runs that have a record: it is written last, so theirs are the tables that count.
+
+    ``found``: the keys below ``runs``, where they are known.
+    """
+    listed = store.sizes("runs") if found is None else found
+    keys = (key for key in listed if key.count("/") == 1 and key.endswith(".json"))
     return sorted(key.removeprefix("runs/").removesuffix(".json") for key in keys)
 
 
@@ -142,8 +156,10 @@ class Ledger:
         self.scan_date = scan_date
         self.shards = {shard.index: shard for shard in shards}
         self.tally = Tally()
+        self.newest = Tally()
+        """What the shard that was counted last adds to it."""
         self.files: list[dict[str, Any]] = []
-        self.commit_seconds = 0.0
+        self.commit_seconds = self.newest_seconds = 0.0
         self.begun: dict[int, _Begun] = defaultdict(_Begun)
         self.epoch = self._take_over()
         self.done: set[int] = set()
@@ -189,7 +205,8 @@ class Ledger:
         self.check_epoch()
         yield
         pa.default_memory_pool().release_unused()  # or the driver would hold for ever what one commit takes
-        self.commit_seconds += time.perf_counter() - began
+        self.newest_seconds = time.perf_counter() - began
+        self.commit_seconds += self.newest_seconds
 
     def _commit(self, shard: Shard, ledger: Iterable[pa.Table], found: dict[str, pa.Table], tally: Tally) -> None:
         """``ledger``: its rows in order, some at a time. ``found``: the other tables; one without rows may lack."""
@@ -247,6 +264,7 @@ class Ledger:
         tally.add_errors(_value_counts(ledger["error_code"].drop_null()))
         tally.add_skips(_value_counts(ledger["skip_reason"].drop_null()))
         tally.add_taken(_taken(ledger, tables["flagged"]))
+        tally.add_categories(_by_nets(tables["flagged"]))
         assert tally.listed == shard.images
         self._check_outage(shard, tally)
         for outcome, name in (("flagged", "flagged"), ("error", "errors")):
@@ -291,7 +309,8 @@ class Ledger:
 
     def _count(self, index: int, marker: dict[str, Any]) -> None:
         self.done.add(index)
-        self.tally.add(Tally.from_json(marker["tally"]))
+        self.newest = Tally.from_json(marker["tally"])
+        self.tally.add(self.newest)
         self.files += [{key: file[key] for key in ("path", "rows", "bytes", "sha256")} for file in marker["files"]]
 
     def _adopt_markers(self) -> None:
@@ -393,6 +412,12 @@ def _taken(ledger: pa.Table, flagged: pa.Table) -> dict[str, int]:
     counts = {f"match {bank}": images for bank, images in _value_counts(matched["match_bank"]).items()}
     known = pc.sum(content).as_py() or 0
     return counts | ({"known content": known} if known else {})
+
+
+def _by_nets(flagged: pa.Table) -> dict[str, int]:
+    """Images by category in which nets flagged them, and neither a bank nor a run before."""
+    own = flagged.filter(pc.and_(pc.is_null(flagged["match_bank"]), pc.is_null(flagged["judged_run_id"])))
+    return _value_counts(own["category"])
 
 
 def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:

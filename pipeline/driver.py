@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,14 +15,18 @@ from obstore.exceptions import BaseError
 
 from pipeline import commit
 from pipeline.bank import Banks, Frozen, ignored_entries
+from pipeline.baseline import drift
 from pipeline.canaries import count_canaries
 from pipeline.cluster import ray_session
 from pipeline.commit import Ledger
 from pipeline.contents import Contents, Part
 from pipeline.errors import RunError, RunStopped
+from pipeline.events import Events
+from pipeline.exporter import Exporter
 from pipeline.failure import one_line
 from pipeline.fetch import Fetcher
 from pipeline.flow import Destination, pools, stream, window_refs
+from pipeline.heartbeat import Heartbeat
 from pipeline.limits import Budget, Limits
 from pipeline.nets import Models
 from pipeline.plan import Plan
@@ -38,6 +43,13 @@ RECORD_FIELDS = (
     "schema_version",
 )  # fmt: skip
 
+LEVELS = {
+    "complete": logging.INFO,
+    "stopped": logging.WARNING,
+    "suspect": logging.WARNING,
+    "failed": logging.ERROR,
+}
+
 
 class Driver:
     """Of one frozen run."""
@@ -53,6 +65,7 @@ class Driver:
         endpoint_url: str | None,
         max_outage: float,
         limits: Limits,
+        alarms: float | None = None,
         fetcher: Callable[..., Fetcher] = Fetcher,
     ) -> None:
         self.store = store
@@ -65,18 +78,25 @@ class Driver:
         shards = [Shard(**shard) for shard in frozen["shards"]]
         self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, max_outage)
         self.committed_before = self.ledger.tally.listed
+        self.decided = self.committed_before
         self.budget = Budget(limits, self.ledger.tally)
+        self.alarms = alarms
+        self.events = Events(run_id)
+        self.exporter = Exporter(plan.name)
 
     def run(self, labels: pa.Table | None, began: float) -> dict[str, Any]:
         """The run record. ``began``: reading of the clock when the scan was started."""
-        with self._failing_by_name(began):
+        # Ray stays until the last metric is told.
+        with ExitStack() as session, self._failing_by_name(began), self._heartbeat():
             self._write_status("running", began)
-            startup = self._stream(began)
+            startup = self._stream(began, session)
             record = self._record("complete", began, startup, self._judge(labels))
-            return self.ledger.complete(record)
+            record = self.ledger.complete(record | drift(self.store, record, self.alarms))
+            self._ended("suspect" if record.get("suspect") else "complete", record)
+            return record
 
-    def _stream(self, began: float) -> float | None:
-        """Scans the pending shards; seconds until the first windows had been decided."""
+    def _stream(self, began: float, session: ExitStack) -> float | None:
+        """Scans the pending shards; seconds until the first windows had been decided. Ray joins ``session``."""
         startup = None
         with Progress(self.run_id, self.plan, self.frozen["listed"], self.committed_before) as progress:
             for judged in [shard for shard in self.ledger.pending if shard.judged]:
@@ -95,22 +115,26 @@ class Driver:
                 banks=self._banks(),
                 fetcher=self.fetcher,
             )
-            with ray_session(pools(self.plan), f"plan {self.plan.name!r}", self._window_bytes()):
-                refs = window_refs(self.store, self.ledger.pending)
-                pa.default_memory_pool().release_unused()  # what the listing took
-                for receipt in stream(self.plan, refs, destination):
-                    startup = startup or time.perf_counter() - began
-                    progress.add(receipt)
-                    shard = self.ledger.add(receipt)
-                    if shard is not None:
-                        self._committed(shard, progress, began)
-                        self.budget.check(self.ledger.tally, self.ledger.pending)
+            session.enter_context(ray_session(pools(self.plan), f"plan {self.plan.name!r}", self._window_bytes()))
+            self.exporter.join()
+            refs = window_refs(self.store, self.ledger.pending)
+            pa.default_memory_pool().release_unused()  # what the listing took
+            for receipt in stream(self.plan, refs, destination):
+                startup = startup or time.perf_counter() - began
+                progress.add(receipt)
+                self.decided = progress.decided
+                shard = self.ledger.add(receipt)
+                if shard is not None:
+                    self._committed(shard, progress, began)
+                    self.budget.check(self.ledger.tally, self.ledger.pending)
         if self.ledger.pending:
             raise RunError(f"{len(self.ledger.pending)} shards were not finished though the stream has ended")
         return startup
 
     def _committed(self, shard: Shard, progress: Progress, began: float) -> None:
+        self.exporter.committed(self.ledger.newest, self.ledger.newest_seconds)
         progress.committed(shard, len(self.ledger.done), len(self.ledger.shards))
+        self.decided = progress.decided
         self._write_status("running", began)
 
     def _contents(self) -> Contents | None:
@@ -133,11 +157,13 @@ class Driver:
             return None
         return judge_run(self.store, commit.files_of("ledger", self.ledger.files), labels).to_json()
 
-    def _write_status(self, status: str, began: float, **more: Any) -> None:
+    def _write_status(self, status: str, began: float, **more: Any) -> dict[str, Any]:
         content = self._record(status, began, None, None) | more
+        self.exporter.stands(content)
         # Written after every shard: with the files of all shards before, it would grow with each.
         del content["files"]
         commit.write_json(self.store, commit.status_key(self.run_id), content)
+        return content
 
     def _record(
         self, status: str, began: float, startup: float | None, quality: dict[str, Any] | None
@@ -154,6 +180,7 @@ class Driver:
             "canaries": count_canaries(tally.skips),
             "skips": tally.skips,
             "taken": tally.taken,
+            "categories": tally.categories,
             "ignored_entries": ignored_entries(tally.work_rows()),
             "operators": tally.work_rows(),
             "stages": stage_rows(tally, self.plan),
@@ -169,19 +196,35 @@ class Driver:
             "files": sorted(self.ledger.files, key=lambda file: file["path"]),
         }
 
+    def _heartbeat(self) -> Heartbeat:
+        listed = self.frozen["listed"]
+        return Heartbeat(self.store, self.run_id, self.ledger.epoch, listed, lambda: self.decided, self._beat)
+
+    def _beat(self, beat: dict[str, Any]) -> None:
+        self.exporter.beat(beat, self.frozen)
+
+    def _ended(self, status: str, record: dict[str, Any], **why: str) -> None:
+        """Tells metrics and logs; people read the closing table, or the line with which the job ends."""
+        self.exporter.stands(record)
+        self.exporter.ended(status)
+        told = {name: record[name] for name in ("counts", "errors", "relative_cost", "seconds", "images_per_s")}
+        suspect = [finding["words"] for finding in record.get("suspect", [])]
+        self.events.tell(status, level=LEVELS[status], **told, **({"suspect": suspect} if suspect else {}), **why)
+
     @contextmanager
     def _failing_by_name(self, began: float) -> Iterator[None]:
         """Turns whatever ends the run into one line, and leaves the traceback beside the run record."""
         try:
             yield
         except RunStopped as stop:
-            self._write_status("stopped", began, reason=str(stop))
+            self._ended("stopped", self._write_status("stopped", began, reason=str(stop)), reason=str(stop))
             raise RunStopped(f"run {self.run_id!r} stopped: {stop}; {self._again()}") from None
         except (KeyboardInterrupt, Exception) as error:
             line = one_line(error)
             # When the output itself is what failed, the line below has to do.
             with suppress(BaseError, OSError):
                 self._record_failure(line, began)
+            self._ended("failed", self._record("failed", began, None, None), reason=line)
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise RunError(f"run {self.run_id!r} failed: {line}; {self._again()}") from error

@@ -44,7 +44,7 @@ def find_earlier(store: Store, since: str, source: str, decides: Mapping[str, An
         if record is not None
         and record["parent_run_id"] is None
         and scope(record["source"]) == scope(source)
-        and _compares(record, decides)
+        and compares(record, decides)
     ]
     newest_first = sorted(comparable, key=lambda record: record["started_at"], reverse=True)
     return next((record for record in newest_first if _stands(store, record)), None)
@@ -54,11 +54,12 @@ def judged_otherwise(store: Store, judged_by: Mapping[str, int], decides: Mappin
     """Of objects by the run that judged them: how many were judged by other plans, nets or banks than ``decides``."""
     records = {run_id: commit.read_json(store, commit.record_key(run_id)) for run_id in judged_by}
     return sum(
-        judged_by[run_id] for run_id, record in records.items() if record is None or not _compares(record, decides)
+        judged_by[run_id] for run_id, record in records.items() if record is None or not compares(record, decides)
     )
 
 
-def _compares(record: Mapping[str, Any], decides: Mapping[str, Any]) -> bool:
+def compares(record: Mapping[str, Any], decides: Mapping[str, Any]) -> bool:
+    """Whether a run was judged by the same plan, nets and banks."""
     return all(record.get(name, {}) == now for name, now in decides.items())  # older records know no banks
 
 

@@ -15,6 +15,12 @@ class RunError(RuntimeError):
     exit_code: ClassVar[int] = 1
 
 
+class RunSuspect(Exception):
+    """The run is complete, and unlike the runs before it: somebody should look."""
+
+    exit_code: ClassVar[int] = 3
+
+
 class RunStopped(Exception):
     """The run stopped where its user had asked it to, and can go on."""
 

@@ -1,4 +1,4 @@
-"""What a person sees while a scan runs: a live table on a terminal, a quiet line now and then elsewhere."""
+"""How far a scan is, told while it runs: a live table on a terminal, an event now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from pipeline.events import Events, told_as_json
 from pipeline.plan import Plan
 from pipeline.source import Shard
 from pipeline.tally import Tally, stage_rows
@@ -29,14 +30,22 @@ class Progress:
         self.plan = plan
         self.listed = listed
         self.before = committed_before
-        self.console = console or Console()
+        self.events = Events(run_id, console)
         self.tally = Tally()
         self.began = self.last_line = time.perf_counter()
-        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        shown = console or Console()
+        live = shown.is_terminal and not told_as_json()
+        self.live = Live(console=shown, auto_refresh=False) if live else None
 
     def __enter__(self) -> Progress:
         before = f" ({self.before:,} of {self.listed:,} were committed before)" if self.before else ""
-        self.console.print(f"run {self.run_id}: scanning {self.listed - self.before:,} images{before}", soft_wrap=True)
+        self.events.tell(
+            "started",
+            f"run {self.run_id}: scanning {self.listed - self.before:,} images{before}",
+            plan=self.plan.name,
+            listed=self.listed,
+            committed_before=self.before,
+        )
         if self.live:
             self.live.start()
             self.live.update(self._table(), refresh=True)
@@ -55,29 +64,33 @@ class Progress:
             self.live.update(self._table(), refresh=True)
         elif time.perf_counter() - self.last_line > LINE_SECONDS:
             self.last_line = time.perf_counter()
-            self.console.print(self._line(), highlight=False)
+            self.events.tell("progress", self._line(), decided=self.decided, images_per_s=round(self._rate(), 1))
 
     def committed(self, shard: Shard, done: int, shards: int) -> None:
         if shard.judged:
             self.tally.add_outcomes({"skipped": shard.images})
-        if not self.live and shards > 1:
+        if not self.live:
             why = f": {shard.images:,} images judged before" if shard.judged else ""
-            self.console.print(f"shard {shard.index} committed ({done} of {shards}){why}", highlight=False)
+            text = f"shard {shard.index} committed ({done} of {shards}){why}" if shards > 1 else None
+            self.events.tell("shard_committed", text, shard=shard.index, images=shard.images, done=done, shards=shards)
+
+    @property
+    def decided(self) -> int:
+        """Images whose outcome has reached the sink, those that were committed before among them."""
+        return self.before + self.tally.listed
 
     def _line(self) -> str:
-        done = self.before + self.tally.listed
         stages = ", ".join(
             f"{row['name']} {row['images_in']:,} -> {row['images_out']:,}" for row in stage_rows(self.tally, self.plan)
         )
         errors = self.tally.outcomes["error"]
-        return f"{done:,} of {self.listed:,} images, {self._rate():.0f}/s; {stages}; errors {errors:,}"
+        return f"{self.decided:,} of {self.listed:,} images, {self._rate():.0f}/s; {stages}; errors {errors:,}"
 
     def _rate(self) -> float:
         return self.tally.listed / (time.perf_counter() - self.began)
 
     def _table(self) -> Table:
-        done = self.before + self.tally.listed
-        table = Table(title=f"{done:,} of {self.listed:,} images, {self._rate():.0f}/s", title_justify="left")
+        table = Table(title=f"{self.decided:,} of {self.listed:,} images, {self._rate():.0f}/s", title_justify="left")
         for column in ("step", "images in", "tests", "positive", "images out"):
             table.add_column(column, justify="left" if column == "step" else "right")
         for operator in ("fetch", "decode"):

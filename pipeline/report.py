@@ -78,6 +78,8 @@ def write_report(
         error_codes={name: code.meaning for name, code in CODES.items()},
         # Older records have none of these.
         canaries=record.get("canaries", {}),
+        suspect=record.get("suspect", []),
+        gates=record.get("gates"),
         increment=record.get("increment"),
         known=record.get("skips", {}).get(KNOWN_CONTENT, 0),
         taken=record.get("taken", {}),

@@ -15,14 +15,17 @@ from typing import Any
 
 from pipeline import commit, schema
 from pipeline.bank import freeze_banks
+from pipeline.baseline import describe, stands_suspect
 from pipeline.canaries import Canaries, read_canaries, with_canaries
 from pipeline.cluster import starting_ray
 from pipeline.contents import write_contents
 from pipeline.earlier import find_earlier, judged_otherwise, write_earlier
-from pipeline.errors import RunError, UsageError
+from pipeline.errors import RunError, RunSuspect, UsageError
+from pipeline.events import FORMATS, Events
 from pipeline.examples import read_labels
 from pipeline.failure import one_line
 from pipeline.fetch import Fetcher
+from pipeline.gates import FALSE_ALARMS
 from pipeline.increment import Earlier
 from pipeline.limits import Limits
 from pipeline.nets import Models, check_models
@@ -82,6 +85,16 @@ class ScanConfig:
     """Key in AWS KMS (id or ARN) that encrypts the output. Default: as its bucket is set up."""
     single_driver: bool = False
     """A promise that no run is ever driven twice at a time, for an output store without conditional PUT."""
+    gates: bool = True
+    """Compare the run's rates with those of the last 14 like it; one that is unlike them ends with 3, as suspect."""
+    false_alarms: float = FALSE_ALARMS
+    """Share of nights like those before that the gates may call suspect."""
+    metrics_port: int | None = None
+    """Port of the Prometheus endpoint of a Ray that the scan starts for itself; it then stays half a minute after the
+    end, to be scraped. Default: any port, and no wait."""
+    log_format: str | None = None
+    """How the scan tells what happens: text for lines, json for an object a line. Default: what DORFMAN_LOG_FORMAT
+    says, or else text."""
     report_thumbnails: bool = False
     """Show flagged pictures in the report. Reports travel, and real ones would carry what must not."""
 
@@ -102,6 +115,12 @@ class ScanConfig:
                 "still for longer is ended"
             )
         check_endpoint(self.endpoint_url)
+        if not 0 < self.false_alarms < 1:
+            raise UsageError(f"false alarms is {self.false_alarms}, but it is a share between 0 and 1")
+        if self.log_format not in (None, *FORMATS):
+            raise UsageError(f"--log-format is {self.log_format!r}: give one of {', '.join(FORMATS)}")
+        if self.metrics_port is not None and not 1024 <= self.metrics_port <= 65535:
+            raise UsageError(f"metrics port is {self.metrics_port}, but it must be one from 1024 to 65535")
         if not 0 <= self.max_outage <= 1:
             raise UsageError(f"max outage is {self.max_outage}, but it is a share between 0 and 1")
         for run_id in (self.run_id, self.retry_errors, self.since):
@@ -142,12 +161,13 @@ def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> d
         frozen = record or commit.read_frozen(store, run_id) or _start(config, store, run_id, plan, models, canaries)
         _check_same_run(frozen, config, run_id, plan, models, canaries)
     if record is None:
-        with starting_ray():
+        with starting_ray(config.metrics_port):
             from pipeline.driver import Driver  # noqa: PLC0415  Ray Data and pandas, while Ray's processes come up
 
             with storage_errors_as_usage():
                 options: dict[str, Any] = {"endpoint_url": config.endpoint_url, "max_outage": config.max_outage}
-                driver = Driver(store, run_id, frozen, plan, models, limits=limits, fetcher=fetcher, **options)
+                options |= {"alarms": config.false_alarms if config.gates else None, "fetcher": fetcher}
+                driver = Driver(store, run_id, frozen, plan, models, limits=limits, **options)
             record = driver.run(labels, began)
     finish(store, record, plan, config)
     return record
@@ -203,6 +223,8 @@ def _start(
         "banks": [asdict(bank) for bank in banks],
     }
     commit.freeze(store, run_id, frozen)
+    shards, seconds = len(manifest.shards), (datetime.now(UTC) - listed_at).total_seconds()
+    Events(run_id).tell("listed", source=frozen["source"], listed=manifest.images, shards=shards, seconds=seconds)
     return frozen
 
 
@@ -260,6 +282,12 @@ def _check_same_run(
     ):
         if then != now:
             raise UsageError(f"run {run_id!r} was started with {what} {then}, not {now}; give another --run-id")
+
+
+def check_accepted(config: ScanConfig, record: dict[str, Any]) -> None:
+    """Raises RunSuspect for a complete run in which the gates found what nobody has accepted."""
+    if stands_suspect(Store(config.output, config.endpoint_url, patience=config.output_patience), record):
+        raise RunSuspect(describe(record, config.output))
 
 
 def finish(store: Store, record: dict[str, Any], plan: Plan, config: ScanConfig) -> None:

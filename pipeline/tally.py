@@ -14,13 +14,14 @@ _ADDED = ("images_in", "tests", "positive_tests", "images_out", "gmac", "seconds
 
 @dataclass(kw_only=True)
 class Tally:
-    """Images by outcome, errors by code, skips by reason, flagged ones by what took the place of a test, and work by
-    (operator, round)."""
+    """Images by outcome, errors by code, skips by reason, flagged ones by what took the place of a test, flagged ones
+    by category where nets flagged them, and work by (operator, round)."""
 
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     errors: dict[str, int] = field(default_factory=dict)
     skips: dict[str, int] = field(default_factory=dict)
     taken: dict[str, int] = field(default_factory=dict)
+    categories: dict[str, int] = field(default_factory=dict)
     work: dict[tuple[str, int | None], dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -49,6 +50,9 @@ class Tally:
     def add_taken(self, taken: dict[str, int]) -> None:
         _add(self.taken, taken)
 
+    def add_categories(self, categories: dict[str, int]) -> None:
+        _add(self.categories, categories)
+
     def add_work(self, rows: Iterable[dict[str, Any]]) -> None:
         for row in rows:
             total = self.work.setdefault((row["operator"], row["round"]), dict.fromkeys(_ADDED, 0))
@@ -60,13 +64,14 @@ class Tally:
         self.add_errors(other.errors)
         self.add_skips(other.skips)
         self.add_taken(other.taken)
+        self.add_categories(other.categories)
         self.add_work(other.work_rows())
 
     def work_rows(self) -> list[dict[str, Any]]:
         return [{"operator": operator, "round": number} | total for (operator, number), total in self.work.items()]
 
     def to_json(self) -> dict[str, Any]:
-        named = {name: getattr(self, name) for name in ("outcomes", "errors", "skips", "taken")}
+        named = {name: getattr(self, name) for name in ("outcomes", "errors", "skips", "taken", "categories")}
         return named | {"work": self.work_rows()}
 
     @staticmethod
@@ -76,6 +81,7 @@ class Tally:
         tally.add_errors(content["errors"])
         tally.add_skips(content.get("skips", {}))  # markers of runs that knew no canaries have none
         tally.add_taken(content.get("taken", {}))  # nor those of runs that tested every image
+        tally.add_categories(content.get("categories", {}))  # nor those of runs without gates
         tally.add_work(content["work"])
         return tally
 

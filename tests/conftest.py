@@ -30,7 +30,11 @@ def shared_data() -> Path:
 def ray_session() -> Iterator[None]:
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        # So that what is scraped is a second old, and not ten.
+        _system_config={"metrics_report_interval_ms": 1000},
+    )  # fmt: skip
     yield
     ray.shutdown()
 

@@ -121,7 +121,8 @@ def scan_by_hand(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.driver.stream", stream)
-        patch.setattr("pipeline.driver.ray_session", lambda *_: nullcontext())
+        for name in ("pipeline.driver.ray_session", "pipeline.scan.starting_ray"):
+            patch.setattr(name, lambda *_: nullcontext())
         config = ScanConfig(source=str(source), output=output, plan=str(plan), run_id=run_id, salt="s", **options)
         return run_scan(config)
 

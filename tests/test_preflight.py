@@ -211,7 +211,7 @@ def boots(monkeypatch) -> dict[str, int]:
 
 
 def test_a_ray_that_is_starting_is_waited_for_and_ended_once(boots, monkeypatch):
-    def start() -> None:
+    def start(_: int | None) -> None:
         time.sleep(0.3)
         boots["up"] += 1
 
@@ -229,7 +229,7 @@ def test_a_ray_that_is_starting_is_waited_for_and_ended_once(boots, monkeypatch)
 
 
 def test_a_ray_that_cannot_start_is_told_to_who_needs_it(boots, monkeypatch):
-    def start() -> None:
+    def start(_: int | None) -> None:
         raise RuntimeError("no room in /dev/shm")
 
     monkeypatch.setattr(cluster, "_start", start)

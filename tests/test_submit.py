@@ -318,6 +318,12 @@ def test_a_head_that_stays_away_or_has_forgotten_the_job_ends_the_wait(monkeypat
     assert all(word in str(found.value) for word in words)
 
 
+@pytest.mark.parametrize("code", [1, 2, 3, 4])
+def test_a_job_ends_with_the_code_of_its_driver(code):
+    """Ray knows success and failure only: a suspect run (3) is a job that failed, and must not end as 1."""
+    assert exit_code(details(JobStatus.FAILED, driver_exit_code=code)) == code
+
+
 @pytest.mark.parametrize(
     ("job", "words"),
     [

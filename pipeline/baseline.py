@@ -1,0 +1,84 @@
+"""The earlier runs that a night is compared with, and the word of a person that one which looked odd was right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline import commit
+from pipeline.earlier import compares
+from pipeline.errors import UsageError
+from pipeline.gates import MOST_RUNS, judge
+from pipeline.inventory import scope
+from pipeline.store import Store
+
+DECIDES = ("plan_version", "weights_sha256", "banks_sha256")
+LOOKED_AT = 100
+"""Records that are read at most, those that were written last: an output may hold years of nights."""
+
+
+def drift(store: Store, tonight: Mapping[str, Any], alarms: float | None) -> dict[str, Any]:
+    """The fields ``gates`` and ``suspect`` of tonight's record; see ``gates.judge``. Without ``alarms``, no gates."""
+    if alarms is None or tonight["parent_run_id"]:
+        note = "gates were switched off" if alarms is None else "a run that takes up errors is like no other"
+        return {"gates": {"runs": [], "alarms": alarms, "verdicts": [], "note": note}, "suspect": []}
+    return judge(tonight, earlier_runs(store, tonight), alarms)
+
+
+def earlier_runs(store: Store, tonight: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The newest complete runs before tonight's that compare with it, newest first; ``gates.MOST_RUNS`` at most.
+
+    Of the same source, plan, nets and banks; incremental ones with incremental ones, whose images are new, and whole
+    ones with whole ones. Runs that took up errors are none, and a suspect one is none until it is accepted.
+    """
+    found = store.objects("runs")
+    written = {run_id: found[commit.record_key(run_id)][1] for run_id in commit.complete_runs(store, found)}
+    newest = sorted(written, key=lambda run_id: written[run_id], reverse=True)[:LOOKED_AT]
+    records = [commit.read_json(store, commit.record_key(run_id)) for run_id in newest]
+    comparable = [
+        record
+        for record in records
+        if record is not None
+        and record["started_at"] < tonight["started_at"]
+        and _alike(record, tonight)
+        and (not record.get("suspect") or commit.accepted_key(record["run_id"]) in found)
+    ]
+    return sorted(comparable, key=lambda record: record["started_at"], reverse=True)[:MOST_RUNS]
+
+
+def _alike(record: Mapping[str, Any], tonight: Mapping[str, Any]) -> bool:
+    return (
+        record["parent_run_id"] is None
+        and scope(record["source"]) == scope(tonight["source"])
+        and bool(record.get("increment")) == bool(tonight.get("increment"))
+        and compares(record, {name: tonight.get(name) or {} for name in DECIDES})
+    )
+
+
+def stands_suspect(store: Store, record: Mapping[str, Any]) -> bool:
+    """Whether gates found something in this complete run that nobody has accepted."""
+    return bool(record.get("suspect")) and not store.exists(commit.accepted_key(record["run_id"]))
+
+
+def accept(store: Store, run_id: str) -> None:
+    """Says that a suspect run is right as it is: it ends with 0 from now on, and later ones are compared with it.
+
+    Raises UsageError.
+    """
+    record = commit.read_json(store, commit.record_key(run_id))
+    if record is None:
+        raise UsageError(f"--accept {run_id}: no complete run of that name in {store.name}")
+    if not record.get("suspect"):
+        raise UsageError(f"--accept {run_id}: that run is not suspect, so there is nothing to accept")
+    # Beside the record, which never changes; a second word says the same.
+    store.create(commit.accepted_key(run_id), commit.json_bytes({"accepted_at": datetime.now(UTC).isoformat()}))
+
+
+def describe(record: Mapping[str, Any], output: str) -> str:
+    """What the gates found, in one line."""
+    found = "; ".join(finding["words"] for finding in record["suspect"])
+    return (
+        f"run {record['run_id']!r} is complete but suspect: {found}; look at its report, then keep it with "
+        f"python -m jobs.status --output {output} --accept {record['run_id']}"
+    )

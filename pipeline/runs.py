@@ -1,0 +1,175 @@
+"""The runs of an output as a person asks for them: how each stands, how far it is, and whether its driver is alive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.table import Table
+
+from pipeline import commit
+from pipeline.baseline import describe, stands_suspect
+from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
+from pipeline.heartbeat import STALE_SECONDS, newest_heartbeat
+from pipeline.metrics import Sample, of_heartbeat, of_run
+from pipeline.store import Store
+
+POLL_SECONDS = 5.0
+GOING = ("running", "stale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a run stands at the moment it was asked for."""
+
+    run_id: str
+    state: str
+    """running, stale (its driver has given no sign of life for minutes), complete, suspect, failed or stopped."""
+    started_at: str
+    listed: int
+    decided: int
+    """Images; of a run that goes on, committed or not."""
+    flagged: int
+    errors: int
+    relative_cost: float | None
+    seconds: float
+    silent_seconds: float | None
+    """Since the last sign of life, of a run that goes on."""
+    images_per_s: float
+    ends_at: str | None
+    """When a run that goes on ends, at the speed of its last minutes."""
+    why: str | None
+    """What ended it, or what the gates found."""
+
+
+def list_runs(store: Store, limit: int) -> list[Run]:
+    """The newest runs of an output, newest first, of those ``limit`` that were written to last."""
+    runs = [read_run(store, run_id) for run_id in _newest(store, limit)]
+    return sorted(runs, key=lambda run: run.started_at, reverse=True)
+
+
+def _newest(store: Store, limit: int) -> list[str]:
+    """By when anything below ``runs/`` was last written of them: records of years must not all be read."""
+    written: dict[str, datetime] = {}
+    for key, (_, moment) in store.objects("runs").items():
+        run_id = key.split("/")[1].removesuffix(".json") if key.count("/") == 1 else key.split("/")[1]
+        written[run_id] = max(moment, written.get(run_id, moment))
+    return sorted(written, key=lambda run_id: (written[run_id], run_id), reverse=True)[:limit]
+
+
+def read_run(store: Store, run_id: str) -> Run:
+    """Raises UsageError when there is none."""
+    return _view(store, *_read(store, run_id))
+
+
+def _read(store: Store, run_id: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A run's record, or its status where it has none, and the heartbeat of one that goes on."""
+    record = commit.read_json(store, commit.record_key(run_id)) or commit.read_json(store, commit.status_key(run_id))
+    if record is None:
+        raise UsageError(f"there is no run {run_id!r} in {store.name}, or it is still listing its source")
+    return record, newest_heartbeat(store, run_id) if record["status"] == "running" else None
+
+
+def _view(store: Store, record: Mapping[str, Any], beat: Mapping[str, Any] | None) -> Run:
+    state, silent = record["status"], None
+    why = record.get("failure") or record.get("reason")
+    if state == "running":
+        silent = _age(max(record["updated_at"], beat["updated_at"] if beat else ""))
+        state = "running" if silent < STALE_SECONDS else "stale"
+    elif stands_suspect(store, record):
+        state, why = "suspect", describe(record, store.name)
+    counts, live = record["counts"], beat or {}
+    return Run(
+        run_id=record["run_id"],
+        state=state,
+        started_at=record["started_at"],
+        listed=record["listed"],
+        decided=max(counts["listed"], live.get("decided", 0)),
+        flagged=counts["flagged"],
+        errors=counts["error"],
+        relative_cost=record["relative_cost"],
+        seconds=record["seconds"],
+        silent_seconds=silent,
+        images_per_s=live.get("images_per_s", record["images_per_s"]),
+        ends_at=live.get("ends_at"),
+        why=why,
+    )
+
+
+def _age(moment: str) -> float:
+    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds())
+
+
+def follow(store: Store, run_id: str, say: Callable[[Run], None], pause: Callable[[float], None] = time.sleep) -> Run:
+    """Looks until the run ends, and says how it stands whenever that has changed.
+
+    Returns it when it is complete; raises what a scan would: RunError, RunStopped, RunSuspect.
+    """
+    said = None
+    while True:
+        run = read_run(store, run_id)
+        seen = (run.state, run.decided, run.flagged, run.errors)
+        if seen != said:
+            say(run)
+            said = seen
+        if run.state != "running":
+            return ended(run)
+        pause(POLL_SECONDS)
+
+
+def ended(run: Run) -> Run:
+    """The run if it is complete. Raises what the scan of any other ends with, and RunError for one without a driver."""
+    if run.state == "stale":
+        raise RunError(
+            f"run {run.run_id!r} has given no sign of life for {run.silent_seconds:,.0f} s: its driver is gone or cut "
+            f"off; start it again with --run-id {run.run_id}"
+        )
+    if run.state == "failed":
+        raise RunError(f"run {run.run_id!r} failed: {run.why}")
+    if run.state == "stopped":
+        raise RunStopped(f"run {run.run_id!r} stopped: {run.why}")
+    if run.state == "suspect":
+        raise RunSuspect(run.why)
+    return run
+
+
+def samples(store: Store, limit: int) -> Iterator[Sample]:
+    """Gauges of the newest runs: what a Prometheus sees of them when their drivers are gone."""
+    for run_id in _newest(store, limit):
+        record, beat = _read(store, run_id)
+        yield from of_run(record, accepted=bool(record.get("suspect")) and not stands_suspect(store, record))
+        if beat:
+            yield from of_heartbeat(beat, record)
+
+
+def line(run: Run) -> str:
+    """How a run stands, for people."""
+    parts = [f"{run.decided:,} of {run.listed:,} images", f"{run.flagged:,} flagged", f"{run.errors:,} errors"]
+    if run.state in GOING:
+        parts += [f"{run.images_per_s:,.0f}/s", f"last sign of life {run.silent_seconds:,.0f} s ago"]
+        parts += [f"until {run.ends_at[:16]} UTC"] if run.ends_at else []
+    return f"run {run.run_id}: {run.state}, {', '.join(parts)}"
+
+
+def table(runs: list[Run]) -> Table:
+    shown = Table()
+    for name in ("run", "state", "started", "listed", "decided", "flagged", "errors", "cost", "seconds", "silent"):
+        shown.add_column(name, justify="left" if name in ("run", "state", "started") else "right")
+    for run in runs:
+        cost = "" if run.relative_cost is None else f"{run.relative_cost:.3f}"
+        silent = "" if run.silent_seconds is None else f"{run.silent_seconds:,.0f} s"
+        shown.add_row(
+            run.run_id, run.state, run.started_at[:16], f"{run.listed:,}", f"{run.decided:,}", f"{run.flagged:,}",
+            f"{run.errors:,}", cost, f"{run.seconds:,.0f}", silent,
+        )  # fmt: skip
+    return shown
+
+
+def details(run: Run) -> Iterator[str]:
+    yield line(run)
+    for name, value in asdict(run).items():
+        if name not in ("run_id", "state") and value is not None:
+            yield f"  {name}: {value}"

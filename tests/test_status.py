@@ -1,0 +1,236 @@
+"""How runs stand: the list, one of them, following one to its end; heartbeats of living and of dead drivers. No Ray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from jobs import status
+from pipeline import commit
+from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
+from pipeline.heartbeat import STALE_SECONDS, Heartbeat, Pulse, newest_heartbeat
+from pipeline.runs import follow, list_runs, read_run
+from pipeline.storage import s3_client
+from pipeline.store import Store
+from tests.outputs import run_here
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def past(seconds: float) -> str:
+    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat()
+
+
+def written(store: Store, run_id: str, state: str, *, ago: float = 0.0, night: int = 1, **more: Any) -> dict[str, Any]:
+    """A run's status, or its record when it is complete, as a driver left it ``ago`` seconds ago."""
+    content = {
+        "run_id": run_id, "status": state, "started_at": f"2026-01-{night:02d}T01:00:00+00:00", "listed": 1000,
+        "updated_at": past(ago), "plan": {"name": "p"}, "errors": {"truncated": 3},
+        "counts": {"listed": 600, "cleared": 590, "flagged": 7, "error": 3, "skipped": 0}, "relative_cost": 0.25,
+        "seconds": 60.0, "images_per_s": 10.0, "stages": [], "suspect": [],
+    } | more  # fmt: skip
+    if state == "complete":
+        commit.write_json(store, commit.record_key(run_id), content)
+    commit.write_json(store, commit.status_key(run_id), content)
+    return content
+
+
+def beat(store: Store, run_id: str, epoch: int, ago: float, decided: int) -> None:
+    moment = past(ago)
+    content = {"updated_at": moment, "moved_at": moment, "decided": decided, "images_per_s": 20.0, "ends_at": moment}
+    commit.write_json(store, commit.heartbeat_key(run_id, epoch), content)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def store(request, tmp_path) -> Store:
+    if request.param == "folder":
+        return Store(str(tmp_path))
+    endpoint = request.getfixturevalue("s3_endpoint")
+    s3_client(endpoint).create_bucket(Bucket=f"status-{tmp_path.name[-8:].strip('_').lower()}")
+    return Store(f"s3://status-{tmp_path.name[-8:].strip('_').lower()}/out", endpoint)
+
+
+FINDING = {"gate": "errors", "words": "share of images in error is 0.5"}
+
+
+@pytest.fixture
+def filled(store) -> Store:
+    written(store, "good", "complete", night=1)
+    written(store, "odd", "complete", night=2, suspect=[FINDING])
+    written(store, "failed", "failed", night=3, failure="storage: no")
+    written(store, "stopped", "stopped", night=4, reason="the limit")
+    written(store, "alive", "running", night=5, ago=4000)
+    beat(store, "alive", 1, 3000, 700)
+    beat(store, "alive", 2, 10, 800)
+    written(store, "dead", "running", night=6, ago=4000)
+    beat(store, "dead", 1, STALE_SECONDS + 60, 650)
+    return store
+
+
+def test_runs_are_listed_newest_first_as_they_stand(filled):
+    runs = list_runs(filled, 20)
+    assert [(run.run_id, run.state) for run in runs] == [
+        ("dead", "stale"), ("alive", "running"), ("stopped", "stopped"), ("failed", "failed"), ("odd", "suspect"),
+        ("good", "complete"),
+    ]  # fmt: skip
+    alive = runs[1]
+    assert (alive.decided, alive.listed, alive.images_per_s) == (800, 1000, 20.0)
+    assert 10 <= alive.silent_seconds < 60 < STALE_SECONDS < runs[0].silent_seconds
+    assert runs[3].why == "storage: no" and "share of images in error is 0.5" in runs[4].why
+    assert len(list_runs(filled, 2)) == 2
+
+
+def test_the_job_says_so_as_a_table_as_objects_and_for_prometheus(filled):
+    where = ("--output", filled.name, *(("--endpoint-url", filled.endpoint_url) if filled.endpoint_url else ()))
+    table = run_here(status, *where).stdout
+    assert [
+        name for name in ("dead", "alive", "stopped", "failed", "odd", "good") if name in table
+    ] and "0.250" in table
+    objects = [json.loads(line) for line in run_here(status, *where, "--json").stdout.splitlines()]
+    assert [entry["state"] for entry in objects] == ["stale", "running", "stopped", "failed", "suspect", "complete"]
+    one = run_here(status, *where, "--run-id", "failed")
+    assert one.returncode == 0 and "why: storage: no" in one.stdout
+    text = run_here(status, *where, "--prometheus").stdout
+    series = {
+        (sample.name, sample.labels["run_id"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert series["dorfman_run_suspect_gates", "odd"] == 1 and series["dorfman_run_suspect_gates", "good"] == 0
+    said = newest_heartbeat(filled, "dead")
+    assert said is not None
+    moment = datetime.fromisoformat(said["updated_at"]).timestamp()
+    assert series["dorfman_run_heartbeat_timestamp_seconds", "dead"] == pytest.approx(moment, abs=1e-3)
+    assert ("dorfman_run_heartbeat_timestamp_seconds", "good") not in series
+    assert run_here(status, *where, "--accept", "odd").stdout == "run odd: accepted\n"
+    assert read_run(filled, "odd").state == "complete"
+    text = run_here(status, *where, "--prometheus").stdout
+    assert 'dorfman_run_suspect_gates{run_id="odd",plan="p"} 0' in text
+
+
+@pytest.mark.parametrize(
+    ("run_id", "code", "words"),
+    [("good", 0, ""), ("odd", 3, "complete but suspect"), ("failed", 1, "storage: no"), ("stopped", 4, "the limit"),
+     ("dead", 1, "start it again with --run-id dead"), ("none", 2, "there is no run 'none'")],
+)  # fmt: skip
+def test_who_follows_a_run_ends_as_it_did(filled, run_id, code, words):
+    where = ("--output", filled.name, *(("--endpoint-url", filled.endpoint_url) if filled.endpoint_url else ()))
+    result = run_here(status, *where, "--run-id", run_id, "--follow")
+    assert result.returncode == code and words in result.stderr
+
+
+def test_a_run_is_followed_while_it_goes_on(tmp_path):
+    store = Store(str(tmp_path))
+    written(store, "r", "running")
+    said, pauses = [], []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            beat(store, "r", 1, 0, 900)
+        elif len(pauses) == 3:
+            written(store, "r", "complete", counts={"listed": 1000, "flagged": 9, "error": 3})
+
+    assert follow(store, "r", said.append, pause).state == "complete"
+    assert [(run.state, run.decided) for run in said] == [("running", 600), ("running", 900), ("complete", 1000)]
+    assert len(pauses) == 3 and set(pauses) == {5.0}
+
+
+def test_wrong_usage_is_named(tmp_path):
+    for arguments, words in (
+        (("--follow",), "--follow wants to know which run"),
+        (("--limit", "0"), "limit is 0"),
+        (("--prometheus", "--json"), "--prometheus lists runs"),
+        (("--accept", "none"), "no complete run of that name"),
+    ):
+        result = run_here(status, "--output", str(tmp_path), *arguments)
+        assert result.returncode == 2 and words in result.stderr
+
+
+def test_errors_carry_the_exit_codes_of_a_scan():
+    codes = {error: error.exit_code for error in (RunError, UsageError, RunSuspect, RunStopped)}
+    assert list(codes.values()) == [1, 2, 3, 4]
+
+
+def test_a_status_starts_without_torch_and_ray():
+    code = "import sys, jobs.status; sys.exit(', '.join({'torch', 'ray'} & set(sys.modules)) or 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_pulse_tells_rate_and_end_of_the_last_minutes():
+    pulse = Pulse(10_000, 100, NOW)
+    for number in range(1, 21):
+        seen = pulse.beat(100 + 60 * number, NOW + timedelta(seconds=30 * number))
+    assert (seen["decided"], seen["images_per_s"]) == (1300, 2.0)
+    assert datetime.fromisoformat(seen["ends_at"]) == NOW + timedelta(seconds=600 + 8700 / 2)
+    moved = seen["moved_at"]
+    for number in range(21, 32):
+        seen = pulse.beat(1300, NOW + timedelta(seconds=30 * number))
+    assert seen["moved_at"] == moved and seen["ends_at"] is None and seen["images_per_s"] == 0
+
+
+def wait_for(happened: threading.Event) -> None:
+    assert happened.wait(10), "nothing came for ten seconds"
+
+
+def test_a_heartbeat_moves_between_commits_and_ends_with_its_driver(tmp_path):
+    store, decided, told = Store(str(tmp_path)), [5], []
+    twice = threading.Event()
+
+    def tell(seen: dict[str, Any]) -> None:
+        told.append(seen)
+        decided[0] = 9
+        if len(told) > 2:
+            twice.set()
+
+    with Heartbeat(store, "r", 3, 10, lambda: decided[0], tell, seconds=0.02) as heartbeat:
+        wait_for(twice)
+    heartbeat.thread.join(10)
+    seen = newest_heartbeat(store, "r")
+    assert seen is not None and (seen["decided"], seen["listed"], seen["epoch"]) == (9, 10, 3)
+    count = len(told)
+    time.sleep(0.1)
+    assert len(told) == count
+    assert newest_heartbeat(store, "other") is None
+
+
+def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch):
+    tries, thrice = [], threading.Event()
+
+    def write(*_: Any) -> str:
+        tries.append(1)
+        if len(tries) > 2:
+            thrice.set()
+        raise OSError("the output is away")
+
+    monkeypatch.setattr(Store, "write", write)
+    with Heartbeat(Store(str(tmp_path)), "r", 1, 10, lambda: 5, lambda _: None, seconds=0.01):
+        wait_for(thrice)
+
+
+def test_a_write_that_hangs_keeps_no_driver(tmp_path, monkeypatch):
+    hangs, released = threading.Event(), threading.Event()
+
+    def write(*_: Any) -> str:
+        hangs.set()
+        released.wait(30)
+        return ""
+
+    monkeypatch.setattr(Store, "write", write)
+    began = time.perf_counter()
+    with Heartbeat(Store(str(tmp_path)), "r", 1, 10, lambda: 5, lambda _: None) as heartbeat:
+        wait_for(hangs)
+    assert time.perf_counter() - began < 5 and heartbeat.thread.daemon
+    released.set()

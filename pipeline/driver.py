@@ -15,7 +15,7 @@ from obstore.exceptions import BaseError
 from pipeline import commit
 from pipeline.bank import Banks, Frozen, ignored_entries
 from pipeline.canaries import count_canaries
-from pipeline.cluster import ray_session
+from pipeline.cluster import cluster_size, ray_session
 from pipeline.commit import Ledger
 from pipeline.contents import Contents, Part
 from pipeline.errors import RunError, RunStopped
@@ -25,6 +25,8 @@ from pipeline.flow import Destination, pools, stream, window_refs
 from pipeline.limits import Budget, Limits
 from pipeline.nets import Models
 from pipeline.plan import Plan
+from pipeline.policy import frozen_policy
+from pipeline.prices import Meter, cost_of, resources
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
 from pipeline.source import Shard
@@ -35,7 +37,7 @@ from pipeline.tally import relative_cost, stage_rows
 RECORD_FIELDS = (
     "run_id", "parent_run_id", "source", "exclude", "salt", "scan_date", "listed_at", "started_at", "plan",
     "plan_version", "weights_sha256", "canaries_sha256", "listed", "duplicates", "since", "increment", "banks_sha256",
-    "schema_version",
+    "schema_version", "policy",
 )  # fmt: skip
 
 
@@ -54,6 +56,7 @@ class Driver:
         max_outage: float,
         limits: Limits,
         fetcher: Callable[..., Fetcher] = Fetcher,
+        prices: dict[str, Any] | None = None,
     ) -> None:
         self.store = store
         self.endpoint_url = endpoint_url
@@ -66,6 +69,9 @@ class Driver:
         self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, max_outage)
         self.committed_before = self.ledger.tally.listed
         self.budget = Budget(limits, self.ledger.tally)
+        self.prices = prices
+        self.meter = Meter(cluster_size)
+        self.before = self._done()
 
     def run(self, labels: pa.Table | None, began: float) -> dict[str, Any]:
         """The run record. ``began``: reading of the clock when the scan was started."""
@@ -94,17 +100,21 @@ class Driver:
                 contents=self._contents(),
                 banks=self._banks(),
                 fetcher=self.fetcher,
+                policy=frozen_policy(self.frozen.get("policy")),
             )
             with ray_session(pools(self.plan), f"plan {self.plan.name!r}", self._window_bytes()):
                 refs = window_refs(self.store, self.ledger.pending)
                 pa.default_memory_pool().release_unused()  # what the listing took
+                self.meter.look()
                 for receipt in stream(self.plan, refs, destination):
+                    self.meter.took(receipt)
                     startup = startup or time.perf_counter() - began
                     progress.add(receipt)
                     shard = self.ledger.add(receipt)
                     if shard is not None:
                         self._committed(shard, progress, began)
                         self.budget.check(self.ledger.tally, self.ledger.pending)
+                self.meter.look(at_once=True)  # the last at which the cluster is there
         if self.ledger.pending:
             raise RunError(f"{len(self.ledger.pending)} shards were not finished though the stream has ended")
         return startup
@@ -145,7 +155,7 @@ class Driver:
         """The run record: what is committed at this moment."""
         tally = self.ledger.tally
         seconds = time.perf_counter() - began
-        return {key: self.frozen.get(key) for key in RECORD_FIELDS} | {
+        record = {key: self.frozen.get(key) for key in RECORD_FIELDS} | {
             "status": status,
             "updated_at": datetime.now(UTC).isoformat(),
             "counts": {"listed": tally.listed, **tally.outcomes},
@@ -168,6 +178,24 @@ class Driver:
             "quality": quality,
             "files": sorted(self.ledger.files, key=lambda file: file["path"]),
         }
+        record["resources"] = self._resources(seconds)
+        record["cost"] = cost_of(record, self.prices) if self.prices else None
+        return record
+
+    def _done(self) -> dict[str, float]:
+        """What is committed, by whichever driver, as far as it is paid for."""
+        return {
+            "images": self.ledger.tally.listed,
+            "fetched": self.ledger.tally.operators("fetch")["images_in"],
+            "shards": len(self.ledger.done),
+            "written": sum(file["bytes"] for file in self.ledger.files),
+        }
+
+    def _resources(self, seconds: float) -> dict[str, Any]:
+        """Of this driver, as its seconds are."""
+        done = {name: count - self.before[name] for name, count in self._done().items()}
+        where = {"source": self.frozen["source"], "output": self.store.uri}
+        return resources(self.meter, **where, listed=self.frozen["listed"], seconds=seconds, **done)
 
     @contextmanager
     def _failing_by_name(self, began: float) -> Iterator[None]:

@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_document(model: type[M], what: str, uri: str, endpoint_url: str | None) -> tuple[M, str]:
-    """The file at ``uri``, a path or in S3, and the SHA-256 of its bytes. ``what``: as in messages. Raises UsageError."""
+    """The file at ``uri``, a path or in S3, and the SHA-256 of its bytes. ``what``: for messages. Raises UsageError."""
     where = f"{what} {uri}"
     try:
         body = read_object(parse_uri(uri), endpoint_url)
@@ -42,7 +42,7 @@ def read_document(model: type[M], what: str, uri: str, endpoint_url: str | None)
     except OSError as error:
         raise UsageError(f"{where}: {error.strerror or reason(error)}") from error
     try:
-        content = yaml.load(body, _Loader)  # a SafeLoader  # noqa: S506
+        content = yaml.load(body, _Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -193,9 +193,11 @@ class Driver:
 
     def _resources(self, seconds: float) -> dict[str, Any]:
         """Of this driver, as its seconds are."""
-        done = {name: count - self.before[name] for name, count in self._done().items()}
-        where = {"source": self.frozen["source"], "output": self.store.uri}
-        return resources(self.meter, **where, listed=self.frozen["listed"], seconds=seconds, **done)
+        done: dict[str, Any] = {name: count - self.before[name] for name, count in self._done().items()}
+        source, output = self.frozen["source"], self.store.uri
+        return resources(
+            self.meter, source=source, output=output, listed=self.frozen["listed"], seconds=seconds, **done
+        )
 
     @contextmanager
     def _failing_by_name(self, began: float) -> Iterator[None]:

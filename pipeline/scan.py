@@ -157,7 +157,11 @@ def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> d
             from pipeline.driver import Driver  # noqa: PLC0415  Ray Data and pandas, while Ray's processes come up
 
             with storage_errors_as_usage():
-                options: dict[str, Any] = {"endpoint_url": config.endpoint_url, "max_outage": config.max_outage, "prices": prices}
+                options: dict[str, Any] = {
+                    "endpoint_url": config.endpoint_url,
+                    "max_outage": config.max_outage,
+                    "prices": prices,
+                }
                 driver = Driver(store, run_id, frozen, plan, models, limits=limits, fetcher=fetcher, **options)
             record = driver.run(labels, began)
     finish(store, record, plan, config, labels)

@@ -143,8 +143,7 @@ def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> d
         check_output(store)
         labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
         canaries = read_canaries(config.canaries, plan.categories, config.endpoint_url) if config.canaries else None
-        policy = read_policy(config.policy, plan.categories, config.endpoint_url) if config.policy else None
-        prices = read_prices(config.prices, config.endpoint_url) if config.prices else None
+        policy, prices = check_owners_files(config, plan)
         run_id = config.run_id or new_run_id()
         # The record first: of a complete run the state may have been removed.
         record = commit.read_json(store, commit.record_key(run_id))
@@ -166,6 +165,12 @@ def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> d
             record = driver.run(labels, began)
     finish(store, record, plan, config, labels)
     return record
+
+
+def check_owners_files(config: ScanConfig, plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The policy and the price table that the configuration names, as records keep them. Raises UsageError."""
+    policy = read_policy(config.policy, plan.categories, config.endpoint_url) if config.policy else None
+    return policy, read_prices(config.prices, config.endpoint_url) if config.prices else None
 
 
 def _start(

@@ -99,7 +99,8 @@ class OtherThresholds:
 
     def _worth_keeping(self, near_N: np.ndarray) -> np.ndarray:
         """Of millions of cleared images those that a threshold of the page may reach."""
-        floor = min(_steps(limit)[0][1] for limit in self.present.values()) - self._widest_shift()
+        limits = self.present.values()
+        floor = min(_steps(limit)[0][1] for limit in limits) - (max(limits) - min(limits))
         keep = max(len(scores) for scores in self._found.values())
         if keep and len(near_N) > keep:
             floor = min(floor, float(np.partition(near_N, -keep)[-keep]))
@@ -114,20 +115,18 @@ class OtherThresholds:
             for category in self.plan.categories
         }
 
-    def _widest_shift(self) -> float:
-        return max(self._shift(category) for category in self.plan.categories)
-
-    def _shift(self, category: str) -> float:
-        """By how much a category's score may lie above the ledger's. That is of the category k whose score lies least
-        below its threshold, so score - limit <= score_k - limit_k, and limit_k is not below the lowest."""
-        return self.present[category] - min(self.present.values())
+    def _at_most(self, category: str, near_N: np.ndarray) -> np.ndarray:
+        """What a category's score may be where the ledger has ``near_N``. That is of the category k whose score lies
+        least below its threshold, so score - limit <= near - limit_k, and limit_k is one of those above near."""
+        limits = np.array([*sorted(self.present.values()), np.inf])
+        return self.present[category] + near_N - limits[np.searchsorted(limits[:-1], near_N, "right")]
 
     def _reach(self, category: str, found_N: np.ndarray, near_N: np.ndarray, other_N: np.ndarray) -> Reach:
         """``found_N``, ``near_N``: scores as flagged and as cleared in the last round, NaN where it is neither.
         ``other_N``: whether nets flagged it as something else, so that they scored this category too."""
         under = np.nextafter(self.present[category], 0)
         may_N = np.where(other_N, under, -np.inf)
-        may_N = np.where(np.isnan(near_N), may_N, np.minimum(near_N + self._shift(category), under))
+        may_N = np.where(np.isnan(near_N), may_N, np.minimum(self._at_most(category, near_N), under))
         does_N = may_N if self.exact else np.full(len(may_N), -np.inf)
         is_found_N = ~np.isnan(found_N)
         return Reach(low_N=np.where(is_found_N, found_N, does_N), high_N=np.where(is_found_N, found_N, may_N))

@@ -32,7 +32,7 @@ from pipeline.histogram import PLOT_HEIGHT, PLOT_WIDTH, SCORE_TICKS, Scores, axi
 from pipeline.plan import Plan
 from pipeline.storage import parse_uri, read_object, reason
 from pipeline.store import Store
-from pipeline.thresholds import SCORES, OtherThresholds
+from pipeline.thresholds import AUDITED, SCORES, OtherThresholds
 from pipeline.window import KNOWN_CONTENT, Image, Window
 
 TOP_FLAGGED = 100
@@ -78,6 +78,8 @@ def write_report(
         rows = _read(store, file, schema.LEDGER, thresholds.columns, None if labels is not None else cleared)
         thresholds.add_ledger(rows)
         scores.add("cleared", (rows if labels is None else rows.filter(cleared)).select(SCORES))
+    for file in _files(record, "audit"):
+        thresholds.add_audit(_read(store, file, schema.AUDIT, AUDITED))
     top = best.to_pylist()
     history = trends.read_history(store, record)
     funnel, funnel_scale = _bars(list(_funnel(record)), ("images_in", "images_out"))

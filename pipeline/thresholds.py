@@ -6,10 +6,11 @@ in no table, so below the present threshold every count is a lower bound.
 
 A cleared image has one score in the ledger, of the category nearest its threshold, and not that category's name. With
 one category that is all there is to know. With several, the score bounds those of each category from above, so a count
-lies between what is known to reach a threshold and what may. The same holds for a last stage of two groupings, where an
-image has to reach the threshold twice.
+lies between what is known to reach a threshold and what may; the audit table, which has the scores of all categories
+for a random part of what was cleared, gives an estimate between the two. Of a last stage of two groupings, where an
+image has to reach the threshold twice, there are the bounds only.
 
-Shapes: N images, P labelled ones.
+Shapes: N images, P labelled ones, A rows of the audit table, K categories.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from models.intervals import interval
+from models.intervals import Weighted, interval, weighted_count_interval
 from pipeline.plan import Plan
+from pipeline.sample import NEAR_SHARE
 
 STEPS = (-2.0, -1.0, 1.0, 2.0)
 """In log-odds from the present threshold: 1 is a factor of 2.7 in the odds."""
 EDGE = 1e-6
 """Thresholds nearer to 0 or 1 have no steps beyond them."""
 SCORES = ["decided_stage", "decided_round", "group_score"]
+AUDITED = ["decided_stage", "decided_round", "probability", "scores"]
 LABELLED = [*SCORES, "image_id", "source_uri", "sha256", "outcome", "judged_run_id"]
 
 
@@ -56,6 +59,8 @@ class OtherThresholds:
         self.present = {category: values[-1] for category, values in self.last.thresholds.items()}
         self.exact = len(plan.categories) == 1 and self.last.groupings == 1
         self.near_N = np.empty(0, np.float32)
+        self.scores_AK = np.empty((0, len(plan.categories)))
+        self.probability_A = np.empty(0)
         self.reached = 0
         """Images that the last round cleared."""
         self.session = duckdb.connect()
@@ -89,7 +94,7 @@ class OtherThresholds:
 
     def add_ledger(self, table: pa.Table) -> None:
         """Cleared rows, or with labels all rows, with ``columns``."""
-        near = (pc.field("decided_stage") == self.last.name) & (pc.field("decided_round") == len(self.last.rounds) - 1)
+        near = self._in_last_round()
         if self.labelled:
             self._add_labelled(table)
             near &= pc.field("outcome") == "cleared"
@@ -100,7 +105,8 @@ class OtherThresholds:
     def _worth_keeping(self, near_N: np.ndarray) -> np.ndarray:
         """Of millions of cleared images those that a threshold of the page may reach."""
         limits = self.present.values()
-        floor = min(_steps(limit)[0][1] for limit in limits) - (max(limits) - min(limits))
+        laxest = min(min([limit, *(step for _, step in _steps(limit))]) for limit in limits)
+        floor = laxest - (max(limits) - min(limits))
         keep = max(len(scores) for scores in self._found.values())
         if keep and len(near_N) > keep:
             floor = min(floor, float(np.partition(near_N, -keep)[-keep]))
@@ -131,6 +137,30 @@ class OtherThresholds:
         is_found_N = ~np.isnan(found_N)
         return Reach(low_N=np.where(is_found_N, found_N, does_N), high_N=np.where(is_found_N, found_N, may_N))
 
+    def add_audit(self, table: pa.Table) -> None:
+        """Rows of the audit table, with ``AUDITED``. Of two groupings a score says too little."""
+        if len(self.plan.categories) == 1 or self.last.groupings == 2:
+            return
+        rows = table.filter(self._in_last_round())
+        scores_AK = np.array(rows["scores"].to_pylist(), float).reshape(len(rows), len(self.plan.categories))
+        self.scores_AK = np.concatenate([self.scores_AK, scores_AK])
+        self.probability_A = np.concatenate([self.probability_A, rows["probability"].to_numpy()])
+
+    def _in_last_round(self) -> pc.Expression:
+        return (pc.field("decided_stage") == self.last.name) & (pc.field("decided_round") == len(self.last.rounds) - 1)
+
+    def _estimate(self, category: str, threshold: float, present: int) -> dict[str, Any] | None:
+        """How many a laxer threshold would flag, by the cleared images that were drawn; None without any."""
+        limit = self.present[category]
+        if threshold >= limit or not len(self.probability_A):
+            return None
+        reach_A = self.scores_AK[:, self.plan.categories.index(category)] >= threshold
+        audit = self.plan.audit
+        rarest = audit.near_rate if threshold >= NEAR_SHARE * limit else audit.rate
+        drawn = Weighted(weights=1 / self.probability_A[reach_A], largest=1 / rarest)
+        low, high = weighted_count_interval(drawn)
+        return {"value": present + drawn.total, "interval": (present + low, present + high)}
+
     def of_categories(self) -> list[dict[str, Any]]:
         """What the template shows, a table for each category."""
         return [self._of_category(category, found) for category, found in self._found.items()]
@@ -158,7 +188,12 @@ class OtherThresholds:
             "matched": int(np.isinf(found).sum()),
             "labels": judged and {kind: labels.numbers() for kind, labels in judged.items()},
             "rows": [
-                {"threshold": threshold, "change": change, "flagged": images.at(threshold)}
+                {
+                    "threshold": threshold,
+                    "change": change,
+                    "flagged": images.at(threshold),
+                    "estimate": self._estimate(category, threshold, len(found)),
+                }
                 | ({} if judged is None else _quality(judged, threshold))
                 for change, threshold in self._choose(self.present[category], found, near)
             ],
@@ -175,8 +210,8 @@ class OtherThresholds:
         if self.exact and len(found) and len(near) >= twice - len(found):
             wanted.append(("about twice as many", float(np.sort(near)[::-1][twice - len(found) - 1])))
         for name, limit in wanted:
-            short = _short(limit)
-            if 0 < short < 1 and (short > present) == (limit > present) and short != present:
+            short = _short(limit, present)
+            if short != present:
                 chosen[short] = f"{chosen[short]}, {name}" if short in chosen else name
         return [(name, limit) for limit, name in sorted(chosen.items())]
 
@@ -262,14 +297,17 @@ def _quality(judged: dict[str, Labelled], threshold: float) -> dict[str, Any]:
 
 
 def _steps(threshold: float) -> list[tuple[float, float]]:
-    """Step and threshold, the laxest first. Some of a threshold at an end lie on the wrong side of it."""
+    """Step and threshold, the laxest first. At an end there are none beyond it."""
     inside = min(1 - EDGE, max(EDGE, threshold))
     odds = math.log(inside / (1 - inside))
-    return [(step, 1 / (1 + math.exp(-odds - step))) for step in STEPS]
+    steps = [(step, 1 / (1 + math.exp(-odds - step))) for step in STEPS]
+    return [(step, limit) for step, limit in steps if (limit > threshold) == (step > 0)]
 
 
-def _short(threshold: float) -> float:
-    """Three digits, of the distance to the nearer end: what a page shows is what was counted, and a plan can say it."""
-    if threshold <= 0.5:
-        return float(f"{threshold:.3g}")
-    return round(1 - float(f"{1 - threshold:.3g}"), 12)
+def _short(threshold: float, present: float) -> float:
+    """As few digits as tell it from the present one: what a page shows is what was counted, and a plan can say it."""
+    for digits in range(3, 12):
+        short = round(threshold, digits - math.floor(math.log10(min(threshold, 1 - threshold) or EDGE)) - 1)
+        if abs(short - threshold) <= abs(threshold - present) / 20 and 0 < short < 1:
+            return short
+    return threshold

@@ -139,7 +139,7 @@ def read_history(store: Store, record: Mapping[str, Any]) -> History:
     wanted, until = scope(record["source"]), _moment(record["started_at"])
     nights: dict[str, Night] = {}
     skipped: dict[str, str] = {}
-    for run_id in _newest_first(store)[:READ_AT_MOST]:
+    for run_id in dict.fromkeys([record["run_id"], *_newest_first(store)[:READ_AT_MOST]]):
         try:
             content = record if run_id == record["run_id"] else commit.read_json(store, commit.record_key(run_id))
             found = _Record.model_validate(_plain(content) if content is record else content)

@@ -211,6 +211,7 @@ def _environment() -> Environment:
         "when": _when,
         "score": _score,
         "money": prices.money,
+        "span": _span,
     }
     return environment
 
@@ -234,6 +235,12 @@ def _score(value: float | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.4f} %" if 0 < share < 0.001 else f"{100 * share:.2f} %"
+
+
+def _span(shares: tuple[float, float]) -> str:
+    """Three digits of each, or of the one that both are."""
+    low, high = (f"{100 * share:.3g}" for share in shares)
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def _duration(seconds: float) -> str:

@@ -105,7 +105,7 @@ class OtherThresholds:
     def _worth_keeping(self, near_N: np.ndarray) -> np.ndarray:
         """Of millions of cleared images those that a threshold of the page may reach."""
         limits = self.present.values()
-        laxest = min(min([limit, *(step for _, step in _steps(limit))]) for limit in limits)
+        laxest = min(min([limit, *(step for _, step in steps(limit))]) for limit in limits)
         floor = laxest - (max(limits) - min(limits))
         keep = max(len(scores) for scores in self._found.values())
         if keep and len(near_N) > keep:
@@ -204,15 +204,15 @@ class OtherThresholds:
         are: a hash match is flagged at any, and only scores that are known can be counted down to."""
         chosen = {present: "present"}
         half, twice = len(found) // 2, 2 * len(found)
-        wanted = [(f"{step:+g} log-odds", limit) for step, limit in _steps(present)]
+        wanted = [(f"{step:+g} log-odds", limit) for step, limit in steps(present)]
         if int(np.isinf(found).sum()) < half:
             wanted.append(("about half as many", float(np.sort(found)[::-1][half - 1])))
         if self.exact and len(found) and len(near) >= twice - len(found):
             wanted.append(("about twice as many", float(np.sort(near)[::-1][twice - len(found) - 1])))
         for name, limit in wanted:
-            short = _short(limit, present)
-            if short != present:
-                chosen[short] = f"{chosen[short]}, {name}" if short in chosen else name
+            rounded = short(limit, present)
+            if rounded != present:
+                chosen[rounded] = f"{chosen[rounded]}, {name}" if rounded in chosen else name
         return [(name, limit) for limit, name in sorted(chosen.items())]
 
     def _add_labelled(self, table: pa.Table) -> None:
@@ -296,18 +296,18 @@ def _quality(judged: dict[str, Labelled], threshold: float) -> dict[str, Any]:
     }
 
 
-def _steps(threshold: float) -> list[tuple[float, float]]:
+def steps(threshold: float) -> list[tuple[float, float]]:
     """Step and threshold, the laxest first. At an end there are none beyond it."""
     inside = min(1 - EDGE, max(EDGE, threshold))
     odds = math.log(inside / (1 - inside))
-    steps = [(step, 1 / (1 + math.exp(-odds - step))) for step in STEPS]
-    return [(step, limit) for step, limit in steps if (limit > threshold) == (step > 0)]
+    moved = [(step, 1 / (1 + math.exp(-odds - step))) for step in STEPS]
+    return [(step, limit) for step, limit in moved if (limit > threshold) == (step > 0)]
 
 
-def _short(threshold: float, present: float) -> float:
+def short(threshold: float, present: float) -> float:
     """As few digits as tell it from the present one: what a page shows is what was counted, and a plan can say it."""
     for digits in range(3, 12):
-        short = round(threshold, digits - math.floor(math.log10(min(threshold, 1 - threshold) or EDGE)) - 1)
-        if abs(short - threshold) <= abs(threshold - present) / 20 and 0 < short < 1:
-            return short
+        rounded = round(threshold, digits - math.floor(math.log10(min(threshold, 1 - threshold) or EDGE)) - 1)
+        if abs(rounded - threshold) <= abs(threshold - present) / 20 and 0 < rounded < 1:
+            return rounded
     return threshold

@@ -250,14 +250,18 @@ def charts(history: History) -> list[dict[str, Any]]:
         _chart("Flagged, of what was judged", "percent", {"flagged": [night.flagged for night in nights]}),
         _chart("Item prevalence, from labels or an audit", "percent", {"flagged": [n.prevalence for n in nights]}),
         _chart(
-            "Recall: certified bound, and what was seen",
+            "Recall",
             "percent",
             {
                 "certified": [night.certified for night in nights],
                 "audited": [night.audited for night in nights],
                 "labelled": [night.labelled for night in nights],
             },
-            from_zero=False,
+            legend={
+                "certified": "the plan's certified bound",
+                "audited": "audited",
+                "labelled": "against labels",
+            },
         ),
         _chart("Relative cost", "number", {"cleared": [night.relative_cost for night in nights]}),
         _chart(f"Cost in {currency}", "number", {"cleared": cost}),
@@ -291,15 +295,18 @@ def _changes(nights: Sequence[Night]) -> list[dict[str, Any]]:
 
 
 def _chart(
-    title: str, unit: str, series: dict[str, list[Value | None]], *, from_zero: bool = True
+    title: str, unit: str, series: dict[str, list[Value | None]], *, legend: dict[str, str] | None = None
 ) -> dict[str, Any] | None:
-    """``unit``: the template's filter for a value. None where no run has one."""
+    """``unit``: the template's filter for a value. None where no run has one.
+
+    Recall, which has the legend, is not drawn from zero: what is to be seen of it lies far above.
+    """
     there = [value for values in series.values() for value in values if value is not None]
     if not there:
         return None
     most = max(value.value if value.high is None else value.high for value in there)
     lowest = min(value.value if value.low is None else value.low for value in there)
-    least = 0.0 if from_zero else max(0.0, min(lowest, most - 0.02))  # or one that never moves would have no axis
+    least = max(0.0, min(lowest, most - 0.02)) if legend else 0.0  # or one that never moves would have no axis
     ticks = _ticks(least, most)
     low, span = ticks[0], ticks[-1] - ticks[0]
 
@@ -309,6 +316,7 @@ def _chart(
     return {
         "title": title,
         "unit": unit,
+        "legend": legend,
         "ticks": [(tick, up(tick)) for tick in ticks],
         "series": [
             {"kind": kind, "points": [_point(number, value, len(values), up) for number, value in _known(values)],

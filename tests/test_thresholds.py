@@ -107,7 +107,7 @@ def test_what_the_page_shows_is_what_was_counted():
     (table,) = fed(plan_of("gore"), found, ledger)
     for row in table["rows"]:
         assert float(f"{row['threshold']:.10g}") == row["threshold"]
-    assert [thresholds._short(limit, 0.4) for limit in (0.123456, 0.987654, 0.99987654, 0.4001234, 0.3999)] == [
+    assert [thresholds.short(limit, 0.4) for limit in (0.123456, 0.987654, 0.99987654, 0.4001234, 0.3999)] == [
         0.123, 0.9877, 0.999877, 0.40012, 0.3999
     ]  # fmt: skip
 

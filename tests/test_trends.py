@@ -215,7 +215,7 @@ def test_recall_has_its_bound_and_its_intervals_on_an_axis_of_its_own(store):
     write(store, record(0), record(1))
     commit.write_json(store, commit.audit_key("n01"), audit_json(figure(0.97, 0.92, 0.99), figure(0.01, 0.005, 0.02)))
     found = drawn(store, record(0, **certified), record(1, **certified))
-    chart = found["Recall: certified bound"]
+    chart = found["Recall"]
     assert [series["kind"] for series in chart["series"]] == ["certified", "audited"]
     assert 0.85 < chart["ticks"][0][0] <= 0.92 and chart["ticks"][-1][0] == pytest.approx(1.0)
     (point,) = chart["series"][1]["points"]

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jobs.cli import run_job
 from pipeline import commit
-from pipeline.audit import audit, audit_table
+from pipeline.audit import audit, audit_table, thresholds_table
 from pipeline.errors import RunError, UsageError
 from pipeline.reviews import read_evidence, read_reviews
 from pipeline.sink import table_bytes
@@ -62,6 +62,8 @@ def run(config: JobConfig) -> None:
             target, name = Store.around(config.labels_output, config.endpoint_url, patience=READ_PATIENCE)
             target.write(name, table_bytes(evidence.source_labels()))
     console.print(audit_table(result))
+    if result.thresholds:
+        console.print(thresholds_table(result))
     for note in result.notes:
         console.print(note, markup=False)
     console.print(f"written to {store.uri_of(commit.audit_key(config.run_id[0]))}", markup=False)

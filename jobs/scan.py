@@ -15,7 +15,7 @@ from pipeline.events import Events, configure
 from pipeline.nets import check_models
 from pipeline.plan import load_plan
 from pipeline.progress import closing_table
-from pipeline.scan import ScanConfig, check_accepted, run_scan
+from pipeline.scan import ScanConfig, check_accepted, check_owners_files, run_scan
 from pipeline.store import Store
 
 
@@ -55,6 +55,7 @@ def run(config: JobConfig) -> None:
         if config.demo:
             plan = load_plan(config.plan)
             check_models(plan)
+            check_owners_files(config, plan)
             events.tell("drawing", f"drawing {config.demo_images:,} demo pictures into an embedded S3 server")
             corpus = demo_corpus(config.demo_images, config.demo_prevalence, config.demo_seed, plan.categories)
             demo = stack.enter_context(corpus)

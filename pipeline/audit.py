@@ -21,6 +21,7 @@ from pipeline.estimate import (
     recall_at_most,
     share_to_review,
 )
+from pipeline.review_thresholds import at_thresholds
 from pipeline.reviews import ALL, Evidence
 
 CANARIES = "canaries"
@@ -49,6 +50,8 @@ class AuditResult:
     canaries: dict[str, int]
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
+    thresholds: dict[str, list[dict[str, Any]]]
+    """By category what others in the last round would have found (``review_thresholds.py``)."""
 
     @property
     def alarm(self) -> str | None:
@@ -88,6 +91,7 @@ def audit(evidence: Evidence, recall_bound: float | None, confidence: float) -> 
         canaries=canaries,
         checks=tuple(checks),
         notes=tuple(_notes(samples, estimates, checks, confidence)),
+        thresholds=at_thresholds(evidence, confidence),
     )
 
 
@@ -189,6 +193,21 @@ def audit_table(result: AuditResult) -> Table:
     for check in result.checks:
         verdict = "alarm" if check.broken else "no alarm"
         table.add_row(f"bound of {check.name}: {check.bound:g}", verdict, f"at most {check.at_most:.4f}", "")
+    return table
+
+
+def thresholds_table(result: AuditResult) -> Table:
+    """For people: the present thresholds and others, by category."""
+    table = Table(title="what other thresholds in the last round would change", title_justify="left")
+    for column in ("threshold", "flagged", "recall", "interval", "false positives", "interval"):
+        table.add_column(column, justify="left" if column == "threshold" else "right")
+    for category, rows in result.thresholds.items():
+        table.add_row(category, *[""] * 5)
+        for row in rows:
+            recall, false = Figure(**row["recall"]), Figure(**row["false_positives"])
+            name = f"  {row['threshold']:.10g} ({row['change']})"
+            table.add_row(name, f"{row['flagged']:,.0f}", *_shares(recall), *_counts(false))
+        table.add_section()
     return table
 
 

@@ -94,6 +94,14 @@ def ray_session(pools: Sequence[Pool], what: str, row_bytes: int = 0) -> Iterato
         ray.shutdown()
 
 
+def cluster_size() -> tuple[float, float] | None:
+    """CPUs and GPUs of all nodes, as Ray reports them at this moment; None where no Ray has been joined."""
+    if not ray.is_initialized():
+        return None  # or Ray would start one to answer
+    there = ray.cluster_resources()
+    return there.get("CPU", 0.0), there.get("GPU", 0.0)
+
+
 def _check_resources(pools: Sequence[Pool], what: str, patience: float = 0) -> None:
     """Pools whose minimum does not fit would make Ray wait for ever; a cluster is given time to grow."""
     if patience:

@@ -17,7 +17,7 @@ from pipeline import commit
 from pipeline.bank import Banks, Frozen, ignored_entries
 from pipeline.baseline import drift
 from pipeline.canaries import count_canaries
-from pipeline.cluster import ray_session
+from pipeline.cluster import cluster_size, ray_session
 from pipeline.commit import Ledger
 from pipeline.contents import Contents, Part
 from pipeline.errors import RunError, RunStopped
@@ -30,6 +30,8 @@ from pipeline.heartbeat import Heartbeat
 from pipeline.limits import Budget, Limits
 from pipeline.nets import Models
 from pipeline.plan import Plan
+from pipeline.policy import frozen_policy
+from pipeline.prices import Meter, cost_of, resources
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
 from pipeline.source import Shard
@@ -40,7 +42,7 @@ from pipeline.tally import relative_cost, stage_rows
 RECORD_FIELDS = (
     "run_id", "parent_run_id", "source", "exclude", "salt", "scan_date", "listed_at", "started_at", "plan",
     "plan_version", "weights_sha256", "canaries_sha256", "listed", "duplicates", "since", "increment", "banks_sha256",
-    "schema_version",
+    "schema_version", "policy",
 )  # fmt: skip
 
 LEVELS = {
@@ -67,6 +69,7 @@ class Driver:
         limits: Limits,
         alarms: float | None = None,
         fetcher: Callable[..., Fetcher] = Fetcher,
+        prices: dict[str, Any] | None = None,
     ) -> None:
         self.store = store
         self.endpoint_url = endpoint_url
@@ -83,6 +86,9 @@ class Driver:
         self.alarms = alarms
         self.events = Events(run_id)
         self.exporter = Exporter(plan.name)
+        self.prices = prices
+        self.meter = Meter(cluster_size)
+        self.before = self._done()
 
     def run(self, labels: pa.Table | None, began: float) -> dict[str, Any]:
         """The run record. ``began``: reading of the clock when the scan was started."""
@@ -114,12 +120,15 @@ class Driver:
                 contents=self._contents(),
                 banks=self._banks(),
                 fetcher=self.fetcher,
+                policy=frozen_policy(self.frozen.get("policy")),
             )
             session.enter_context(ray_session(pools(self.plan), f"plan {self.plan.name!r}", self._window_bytes()))
             self.exporter.join()
             refs = window_refs(self.store, self.ledger.pending)
             pa.default_memory_pool().release_unused()  # what the listing took
+            self.meter.look()
             for receipt in stream(self.plan, refs, destination):
+                self.meter.took(receipt)
                 startup = startup or time.perf_counter() - began
                 progress.add(receipt)
                 self.decided = progress.decided
@@ -127,6 +136,7 @@ class Driver:
                 if shard is not None:
                     self._committed(shard, progress, began)
                     self.budget.check(self.ledger.tally, self.ledger.pending)
+            self.meter.look(at_once=True)  # the last at which the cluster is there
         if self.ledger.pending:
             raise RunError(f"{len(self.ledger.pending)} shards were not finished though the stream has ended")
         return startup
@@ -171,7 +181,7 @@ class Driver:
         """The run record: what is committed at this moment."""
         tally = self.ledger.tally
         seconds = time.perf_counter() - began
-        return {key: self.frozen.get(key) for key in RECORD_FIELDS} | {
+        record = {key: self.frozen.get(key) for key in RECORD_FIELDS} | {
             "status": status,
             "updated_at": datetime.now(UTC).isoformat(),
             "counts": {"listed": tally.listed, **tally.outcomes},
@@ -195,6 +205,26 @@ class Driver:
             "quality": quality,
             "files": sorted(self.ledger.files, key=lambda file: file["path"]),
         }
+        record["resources"] = self._resources(seconds)
+        record["cost"] = cost_of(record, self.prices) if self.prices else None
+        return record
+
+    def _done(self) -> dict[str, float]:
+        """What is committed, by whichever driver, as far as it is paid for."""
+        return {
+            "images": self.ledger.tally.listed,
+            "fetched": self.ledger.tally.operators("fetch")["images_in"],
+            "shards": len(self.ledger.done),
+            "written": sum(file["bytes"] for file in self.ledger.files),
+        }
+
+    def _resources(self, seconds: float) -> dict[str, Any]:
+        """Of this driver, as its seconds are."""
+        done: dict[str, Any] = {name: count - self.before[name] for name, count in self._done().items()}
+        source, output = self.frozen["source"], self.store.uri
+        return resources(
+            self.meter, source=source, output=output, listed=self.frozen["listed"], seconds=seconds, **done
+        )
 
     def _heartbeat(self) -> Heartbeat:
         listed = self.frozen["listed"]

@@ -25,6 +25,7 @@ from pipeline.examples import PictureReader
 from pipeline.fetch import Fetcher
 from pipeline.nets import Models
 from pipeline.plan import Plan, Pool
+from pipeline.policy import REVIEW_ALL, Policy
 from pipeline.rows import (
     GroupsToScores,
     Operator,
@@ -67,6 +68,8 @@ class Destination:
     """What is flagged by its hash, as soon as it is decoded."""
     fetcher: Callable[..., Fetcher] = Fetcher
     """What fetches; benchmarks have one that does not."""
+    policy: Policy = REVIEW_ALL
+    """What is recommended to do with what is flagged."""
 
 
 def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dict[str, Any]]:
@@ -127,7 +130,7 @@ def _steps(plan: Plan, destination: Destination) -> list[_Step]:
             add(name, preparation.decode, WindowsToWindows, Decoder, name, stage.input_size, preparation, banks)
         told = {"final": stage is plan.stages[-1], "gpu_kind": gpu_kind, "cost": models.costs[stage.name]}
         add(stage.name, stage, WindowsToWindows, build_stage, stage, plan.categories, **told)
-    named = (destination.attempts, destination.run_id, plan, models.versions, destination.salt)
+    named = (destination.attempts, destination.run_id, plan, models.versions, destination.salt, destination.policy)
     add("write", preparation.write, WindowsToReceipts, Sink, store, *named)
     return steps
 

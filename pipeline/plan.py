@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.documents import parse_document
 from pipeline.errors import UsageError
 
 OPERATORS = {"fetch", "decode", "match", "write"}
@@ -332,13 +333,4 @@ def load_plan(name: str) -> Plan:
 
 
 def parse_plan(content: dict, origin: str) -> Plan:
-    try:
-        return Plan.model_validate(content)
-    except ValidationError as error:
-        # An unknown field first: it is mostly the missing one, misspelt.
-        found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-        lines = [
-            f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}".removeprefix(": ") for entry in found
-        ]
-        more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
-        raise UsageError(f"plan {origin}: {'; '.join(lines[:2])}{more}") from error
+    return parse_document(Plan, content, f"plan {origin}")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pipeline.events import Events, told_as_json
 from pipeline.plan import Plan
+from pipeline.prices import cost_rows
 from pipeline.source import Shard
 from pipeline.tally import Tally, stage_rows
 from pipeline.window import KNOWN_CONTENT
@@ -135,6 +136,8 @@ def closing_table(record: dict[str, Any]) -> Table:
     table.add_row(
         "cost relative to testing every image alone", "no image was tested" if cost is None else f"{cost:.3f}"
     )
+    for row in cost_rows(record):
+        table.add_row(*row)
     table.add_section()
     if record["quality"]:
         for row in _quality_rows(record["quality"]):

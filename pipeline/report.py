@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from obstore.exceptions import BaseError
 from PIL import Image as PillowImage
 
-from pipeline import commit, schema
+from pipeline import commit, prices, schema, trends
 from pipeline.bank import OPERATOR as MATCH
 from pipeline.codes import CODES
 from pipeline.decode import Decoder
@@ -31,10 +32,13 @@ from pipeline.histogram import PLOT_HEIGHT, PLOT_WIDTH, SCORE_TICKS, Scores, axi
 from pipeline.plan import Plan
 from pipeline.storage import parse_uri, read_object, reason
 from pipeline.store import Store
+from pipeline.thresholds import AUDITED, SCORES, OtherThresholds
 from pipeline.window import KNOWN_CONTENT, Image, Window
 
 TOP_FLAGGED = 100
-TOP_COLUMNS = ["image_id", "source_uri", "size_bytes", "category", "score", "threshold", "decided_stage"]
+TOP_COLUMNS = [
+    "image_id", "source_uri", "size_bytes", "category", "score", "threshold", "decided_stage", "recommended_action"
+]  # fmt: skip
 TOP_ORDER = [("score", "descending"), ("image_id", "ascending"), ("category", "ascending")]
 MISSED_SHOWN = 20
 THUMBNAIL_SIDE = 128
@@ -44,25 +48,40 @@ LINEAR_SHARE = 0.02
 
 
 def write_report(
-    store: Store, record: dict[str, Any], plan: Plan, endpoint_url: str | None, *, thumbnails: bool
+    store: Store,
+    record: dict[str, Any],
+    plan: Plan,
+    endpoint_url: str | None,
+    *,
+    thumbnails: bool,
+    labels: pa.Table | None = None,
 ) -> str:
     """Writes ``runs/<run_id>/report.html`` from a complete run's record and tables; returns its uri.
 
-    ``thumbnails`` fetches the flagged pictures it shows once more; what cannot be shown says why.
+    ``thumbnails`` fetches the flagged pictures it shows once more; what cannot be shown says why. ``labels``: what the
+    run's images are, to say what other thresholds would have done.
     """
     scores, best = Scores(plan.stages), schema.FLAGGED.empty_table().select(TOP_COLUMNS)
-    for file in _files(record, "ledger"):
-        columns = ["decided_stage", "decided_round", "group_score"]
-        scores.add("cleared", _read(store, file, schema.LEDGER, columns, pc.field("outcome") == "cleared"))
+    thresholds, actions = OtherThresholds(plan, labels), Counter[tuple[str, str]]()
     for file in _files(record, "flagged"):
         table = _read(store, file, schema.FLAGGED, [*TOP_COLUMNS, "stages", "judged_run_id"])
         # Scores of another run are in that run's report.
         mine = table.filter(pc.is_null(table["judged_run_id"]))
-        history = pa.Table.from_struct_array(pc.list_flatten(mine["stages"]))
-        scores.add("flagged", history.select(["stage", "round", "score"]))
+        tests = pa.Table.from_struct_array(pc.list_flatten(mine["stages"]))
+        scores.add("flagged", tests.select(["stage", "round", "score"]))
+        thresholds.add_flagged(mine)
+        actions.update(zip(table["category"].to_pylist(), table["recommended_action"].to_pylist(), strict=True))
         best = pa.concat_tables([best, table.select(TOP_COLUMNS)])
         best = best.take(pc.select_k_unstable(best, TOP_FLAGGED, TOP_ORDER))
+    for file in _files(record, "ledger"):
+        cleared = pc.field("outcome") == "cleared"
+        rows = _read(store, file, schema.LEDGER, thresholds.columns, None if labels is not None else cleared)
+        thresholds.add_ledger(rows)
+        scores.add("cleared", (rows if labels is None else rows.filter(cleared)).select(SCORES))
+    for file in _files(record, "audit"):
+        thresholds.add_audit(_read(store, file, schema.AUDIT, AUDITED))
     top = best.to_pylist()
+    history = trends.read_history(store, record)
     funnel, funnel_scale = _bars(list(_funnel(record)), ("images_in", "images_out"))
     page = _environment().get_template("report.html.j2").render(
         record=record,
@@ -88,6 +107,15 @@ def write_report(
         times=list(_times(record)),
         tables=list(schema.TABLES),
         missed_shown=MISSED_SHOWN,
+        policy=record.get("policy"),
+        actions=sorted(actions.items()),
+        cost=record.get("cost"),
+        there=record.get("resources"),
+        cost_parts=prices.PARTS,
+        thresholds=thresholds.of_categories(),
+        history=history,
+        trends=trends.charts(history),
+        trend_plot=(trends.WIDTH, trends.HEIGHT),
         top=top,
         thumbnails=_thumbnails(top, plan, endpoint_url) if thumbnails else None,
     )  # fmt: skip
@@ -184,6 +212,8 @@ def _environment() -> Environment:
         "duration": _duration,
         "when": _when,
         "score": _score,
+        "money": prices.money,
+        "span": _span,
     }
     return environment
 
@@ -207,6 +237,12 @@ def _score(value: float | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.4f} %" if 0 < share < 0.001 else f"{100 * share:.2f} %"
+
+
+def _span(shares: tuple[float, float]) -> str:
+    """Three digits of each, or of the one that both are."""
+    low, high = (f"{100 * share:.3g}" for share in shares)
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def _duration(seconds: float) -> str:

@@ -20,8 +20,8 @@ from pipeline.storage import parse_uri, read_object, reason
 from pipeline.store import Store
 
 ALL = "all categories"
-FLAGGED_COLUMNS = ["run_id", "image_id", "source_uri", "category"]
-AUDIT_COLUMNS = ["run_id", "image_id", "source_uri", "probability", "decided_stage"]
+FLAGGED_COLUMNS = ["run_id", "image_id", "source_uri", "category", "score"]
+AUDIT_COLUMNS = ["run_id", "image_id", "source_uri", "probability", "decided_stage", "decided_round", "scores"]
 
 
 def read_reviews(uri: str, endpoint_url: str | None = None) -> dict[tuple[str, str], int]:

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline import commit, schema
 from pipeline.bank import freeze_banks
 from pipeline.baseline import describe, stands_suspect
@@ -30,7 +32,9 @@ from pipeline.increment import Earlier
 from pipeline.limits import Limits
 from pipeline.nets import Models, check_models
 from pipeline.plan import Plan, load_plan
+from pipeline.policy import read_policy
 from pipeline.preflight import check_apart, check_output, check_outside, check_readable
+from pipeline.prices import read_prices
 from pipeline.report import write_report
 from pipeline.retry import list_failed, read_parent
 from pipeline.source import DEFAULT_EXCLUDE, Manifest, build_manifest, list_source
@@ -57,6 +61,10 @@ class ScanConfig:
     """Labels file (Parquet: uri, category, label) to report recall and false-positive rate against."""
     canaries: str | None = None
     """File of known positives (Parquet: uri, category) to test among the rest; they are never counted as findings."""
+    policy: str | None = None
+    """File that says what is recommended to do with what is flagged, by category and score. Default: review all."""
+    prices: str | None = None
+    """Price table that the run's cost is computed from, in its currency."""
     run_id: str | None = None
     """Name of the run; give the name of an unfinished run to go on with it. Default: date and time."""
     retry_errors: str | None = None
@@ -154,27 +162,45 @@ def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> d
         check_output(store)
         labels = read_labels(config.labels, config.endpoint_url) if config.labels else None
         canaries = read_canaries(config.canaries, plan.categories, config.endpoint_url) if config.canaries else None
+        policy, prices = check_owners_files(config, plan)
         run_id = config.run_id or new_run_id()
         # The record first: of a complete run the state may have been removed.
         record = commit.read_json(store, commit.record_key(run_id))
         models = check_models(plan)
-        frozen = record or commit.read_frozen(store, run_id) or _start(config, store, run_id, plan, models, canaries)
-        _check_same_run(frozen, config, run_id, plan, models, canaries)
+        frozen = record or commit.read_frozen(store, run_id)
+        frozen = frozen or _start(config, store, run_id, plan, models, canaries, policy)
+        _check_same_run(frozen, config, run_id, plan, models, canaries, policy)
     if record is None:
         with starting_ray(config.metrics_port):
             from pipeline.driver import Driver  # noqa: PLC0415  Ray Data and pandas, while Ray's processes come up
 
             with storage_errors_as_usage():
                 options: dict[str, Any] = {"endpoint_url": config.endpoint_url, "max_outage": config.max_outage}
-                options |= {"alarms": config.false_alarms if config.gates else None, "fetcher": fetcher}
+                options |= {
+                    "alarms": config.false_alarms if config.gates else None,
+                    "fetcher": fetcher,
+                    "prices": prices,
+                }
                 driver = Driver(store, run_id, frozen, plan, models, limits=limits, **options)
             record = driver.run(labels, began)
-    finish(store, record, plan, config)
+    finish(store, record, plan, config, labels)
     return record
 
 
+def check_owners_files(config: ScanConfig, plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The policy and the price table that the configuration names, as records keep them. Raises UsageError."""
+    policy = read_policy(config.policy, plan.categories, config.endpoint_url) if config.policy else None
+    return policy, read_prices(config.prices, config.endpoint_url) if config.prices else None
+
+
 def _start(
-    config: ScanConfig, store: Store, run_id: str, plan: Plan, models: Models, canaries: Canaries | None
+    config: ScanConfig,
+    store: Store,
+    run_id: str,
+    plan: Plan,
+    models: Models,
+    canaries: Canaries | None,
+    policy: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Lists the source and freezes the run: what it scans, in which order, and with what."""
     parent = read_parent(store, config.retry_errors) if config.retry_errors else None
@@ -213,6 +239,7 @@ def _start(
         "plan": plan.model_dump(mode="json"),
         **decides,
         "canaries_sha256": canaries.sha256 if canaries else None,
+        "policy": policy,
         "since": config.since,
         "schema_version": schema.VERSION,
         "listed": manifest.images,
@@ -266,9 +293,15 @@ def _increment_json(
 
 
 def _check_same_run(
-    frozen: dict[str, Any], config: ScanConfig, run_id: str, plan: Plan, models: Models, canaries: Canaries | None
+    frozen: dict[str, Any],
+    config: ScanConfig,
+    run_id: str,
+    plan: Plan,
+    models: Models,
+    canaries: Canaries | None,
+    policy: dict[str, Any] | None,
 ) -> None:
-    """A resumed run goes on with the source, plan, weights and canaries it was started with, or not at all."""
+    """A resumed run goes on with the source, plan, weights, canaries and policy it was started with, or not at all."""
     # Runs of a version without audits named neither their rates nor canaries.
     rates = plan.audit.model_dump()
     for what, then, now in (
@@ -279,6 +312,7 @@ def _check_same_run(
         ("weights", frozen["weights_sha256"], models.weights_sha256),
         ("audit rates", frozen["plan"].get("audit", rates), rates),
         ("canaries of SHA-256", frozen.get("canaries_sha256"), canaries.sha256 if canaries else None),
+        ("policy of SHA-256", (frozen.get("policy") or {}).get("sha256"), policy["sha256"] if policy else None),
     ):
         if then != now:
             raise UsageError(f"run {run_id!r} was started with {what} {then}, not {now}; give another --run-id")
@@ -290,7 +324,9 @@ def check_accepted(config: ScanConfig, record: dict[str, Any]) -> None:
         raise RunSuspect(describe(record, config.output))
 
 
-def finish(store: Store, record: dict[str, Any], plan: Plan, config: ScanConfig) -> None:
+def finish(
+    store: Store, record: dict[str, Any], plan: Plan, config: ScanConfig, labels: pa.Table | None = None
+) -> None:
     """What follows from a complete run's record: its status, its report, and that nobody needs its attempts.
 
     A driver that died before this is made up for when the run is started again. Raises RunError.
@@ -300,7 +336,8 @@ def finish(store: Store, record: dict[str, Any], plan: Plan, config: ScanConfig)
         if (commit.read_json(store, commit.status_key(run_id)) or {}).get("status") != "complete":
             commit.write_json(store, commit.status_key(run_id), record)
         if not store.exists(commit.report_key(run_id)):
-            write_report(store, record, plan, config.endpoint_url, thumbnails=config.report_thumbnails)
+            options: dict[str, Any] = {"thumbnails": config.report_thumbnails, "labels": labels}
+            write_report(store, record, plan, config.endpoint_url, **options)
         commit.sweep_attempts(store, run_id)
     except Exception as error:
         again = f"start it again with --run-id {run_id} for what is missing"

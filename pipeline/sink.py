@@ -18,11 +18,10 @@ import pyarrow.parquet as pq
 
 from pipeline import schema
 from pipeline.plan import Plan, StageSpec
+from pipeline.policy import REVIEW_ALL, Policy
 from pipeline.sample import Sampler
 from pipeline.store import Store, digest
 from pipeline.window import OUTCOMES, GroupTest, Image, Window
-
-DEFAULT_ACTION = "review"
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -42,10 +41,11 @@ class Sink:
         plan: Plan,
         models: dict[str, tuple[str, str]],
         salt: str,
+        policy: Policy = REVIEW_ALL,
     ) -> None:
         self.store = store
         self.prefix = prefix
-        self.rows = Rows(run_id, plan, models, salt)
+        self.rows = Rows(run_id, plan, models, salt, policy)
 
     def __call__(self, windows: list[Window]) -> list[dict[str, Any]]:
         shards: dict[int, list[Window]] = defaultdict(list)
@@ -78,10 +78,18 @@ class Sink:
 class Rows:
     """Table rows from decided images."""
 
-    def __init__(self, run_id: str, plan: Plan, models: dict[str, tuple[str, str]], salt: str) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        plan: Plan,
+        models: dict[str, tuple[str, str]],
+        salt: str,
+        policy: Policy = REVIEW_ALL,
+    ) -> None:
         self.run_id = run_id
         self.plan = plan
         self.models = models
+        self.policy = policy
         self.sampler = Sampler(plan.audit, salt)
         self.specs: dict[str, StageSpec] = {stage.name: stage for stage in plan.stages}
 
@@ -162,7 +170,7 @@ class Rows:
                 "image_format": image.format,
                 "width": image.width,
                 "height": image.height,
-                "recommended_action": DEFAULT_ACTION,
+                "recommended_action": self.policy.action(finding["category"], finding["score"]),
                 "judged_run_id": image.judged_run_id,
             }
 

@@ -66,7 +66,8 @@ def scan_job(config: ScanConfig, arguments: Sequence[str], run_id: str) -> Job:
                 "dir; give an s3:// uri, or the absolute path of a folder that every node has"
             )
     plan = load_plan(config.plan)
-    files = [file for file in (config.labels, config.canaries) if file and "://" not in file]
+    beside = (config.labels, config.canaries, config.policy, config.prices)
+    files = [file for file in beside if file and "://" not in file]
     files += [config.source] if Path(config.source).is_file() else []
     files += [config.plan] if config.plan.endswith((".yaml", ".yml")) else []
     files += [bank.file for bank in plan.banks if "://" not in bank.file]

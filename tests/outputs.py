@@ -104,9 +104,8 @@ def scan_by_hand(
 
     def stream(plan: Plan, refs: pa.Table, destination: Destination) -> Iterator[dict[str, Any]]:
         last = plan.stages[-1]
-        sink = Sink(
-            destination.store, destination.attempts, run_id, plan, destination.models.versions, destination.salt
-        )
+        named = (run_id, plan, destination.models.versions, destination.salt, destination.policy)
+        sink = Sink(destination.store, destination.attempts, *named)
         for ref in refs.to_pylist():
             rows = pq.read_table(pa.BufferReader(destination.store.read(ref["key"])))
             rows = rows.slice(ref["first_row"], ref["rows"]).to_pylist()

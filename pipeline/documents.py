@@ -1,0 +1,64 @@
+"""YAML files that people write for a scan, beside its plan: read as strict models, with errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import UsageError
+from pipeline.storage import parse_uri, read_object, reason
+from pipeline.store import digest
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Frozen; a field that is not known is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML takes the last of two equal keys in silence: half of what somebody has written would not count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            raise yaml.MarkedYAMLError(problem=f"{twice!r} stands there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_document(model: type[M], what: str, uri: str, endpoint_url: str | None) -> tuple[M, str]:
+    """The file at ``uri``, a path or in S3, and the SHA-256 of its bytes. ``what``: for messages. Raises UsageError."""
+    where = f"{what} {uri}"
+    try:
+        body = read_object(parse_uri(uri), endpoint_url)
+    except FileNotFoundError as error:
+        raise UsageError(f"{where}: no such file") from error
+    except OSError as error:
+        raise UsageError(f"{where}: {error.strerror or reason(error)}") from error
+    try:
+        content = yaml.load(body, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{where} must hold fields with values, not {type(content).__name__}")
+    return parse_document(model, content, where), digest(body)
+
+
+def parse_document(model: type[M], content: dict[str, Any], where: str) -> M:
+    """Raises UsageError with the first two things that are wrong."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        # An unknown field first: it is mostly the missing one, misspelt.
+        found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+        lines = [
+            f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}".removeprefix(": ") for entry in found
+        ]
+        more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+        raise UsageError(f"{where}: {'; '.join(lines[:2])}{more}") from error

@@ -37,10 +37,8 @@ def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn
     """
     try:
         run(parse(job, config_type, sys.argv[1:]))
-    except CycloptsError as error:
-        _end(UsageError.exit_code, f"{job}: {error}")
-    except (UsageError, RunError, RunStopped, RunSuspect) as error:
-        _end(error.exit_code, f"{job}: {error}")
+    except (CycloptsError, UsageError, RunError, RunStopped, RunSuspect) as error:
+        _end(getattr(error, "exit_code", UsageError.exit_code), f"{job}: {error}")
     except KeyboardInterrupt:
         _end(1, f"{job}: interrupted")
     sys.exit(0)
@@ -86,10 +84,7 @@ def parse(job: str, config_type: type, arguments: list[str]) -> Any:
         return app(tokens)
 
     app.meta.default(with_file)
-    result = app.meta(arguments)
-    if result is None:
-        sys.exit(0)  # --help has been printed
-    return result
+    return app.meta(arguments) or sys.exit(0)  # nothing: --help has been printed
 
 
 def _check_yaml(path: Path) -> Path:

@@ -22,7 +22,8 @@ from pipeline.estimate import (
     share_to_review,
 )
 from pipeline.review_thresholds import at_thresholds
-from pipeline.reviews import ALL, Evidence
+from pipeline.reviews import Evidence
+from pipeline.schema import ALL
 
 CANARIES = "canaries"
 

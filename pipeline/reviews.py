@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from pipeline import commit, schema
 from pipeline.errors import UsageError
 from pipeline.estimate import NOT_REVIEWED, Reviewed
+from pipeline.schema import ALL
 from pipeline.storage import parse_uri, read_object, reason
 from pipeline.store import Store
 
-ALL = "all categories"
 FLAGGED_COLUMNS = ["run_id", "image_id", "source_uri", "category", "score"]
 AUDIT_COLUMNS = ["run_id", "image_id", "source_uri", "probability", "decided_stage", "decided_round", "scores"]
 

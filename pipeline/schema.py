@@ -14,6 +14,9 @@ VERSION = 2
 """Of the tables. It grows when a column is added, always at the end and nullable; none is ever renamed, given another
 type or another meaning. ``docs/tables.md`` has what changed."""
 
+ALL = "all categories"
+"""What an audit calls its estimates of all of them together."""
+
 LABELS = pa.schema(
     [
         ("uri", pa.string()),  # as the ledger's source_uri names it

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import commit
 from pipeline.inventory import scope
-from pipeline.reviews import ALL
+from pipeline.schema import ALL
 from pipeline.store import Store
 
 RUNS = 30

@@ -317,11 +317,11 @@ def test_scans_of_two_sizes_are_measured(tmp_path, idle):
 @pytest.mark.timeout(14_400)
 def test_an_image_of_a_million_costs_what_one_of_ten_thousand_does():
     result = bench_scale.bench_scale(ScaleConfig(keys=(10_000, 1_000_000)), print)
-    assert 0.9 < growth(result["rows"]) < 1.1
+    assert growth(result["rows"]) < 1.1
 
 
 @pytest.mark.load
 @pytest.mark.timeout(14_400)
 def test_the_driver_of_ten_million_keys_stays_below_one_and_a_half_gigabytes():
-    result = bench_scale.bench_scale(ScaleConfig(keys=(10_000_000,), idle=True, again=True), print)
+    result = bench_scale.bench_scale(ScaleConfig(keys=(10_000_000,), idle=True), print)
     assert max(row["peak_bytes"] for row in result["rows"]) < 1.5e9

@@ -18,6 +18,7 @@ from pipeline.policy import REVIEW_ALL, Policy, frozen_policy, read_policy
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.sink import Rows
 from pipeline.store import Store, digest
+from pipeline.submission import scan_job
 from pipeline.window import GroupTest, Image, Window
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand
@@ -235,3 +236,8 @@ def test_bad_policies_end_the_job_with_two_and_one_line(night):
         done = run_here(job, *arguments, "--policy", file)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f"policy {file}" in done.stderr
     assert not list(Path(night["output"]).glob("_state/*/run.json"))
+
+
+def test_policy_and_prices_travel_to_a_cluster_with_the_scan():
+    config = ScanConfig(source="s3://b/", output="s3://o", policy="policy.yaml", prices="s3://ours/prices.yaml")
+    assert scan_job(config, (), "r").files == ("policy.yaml",)

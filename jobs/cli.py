@@ -9,11 +9,11 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import yaml
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
 from rich.console import Console
 
+from pipeline.documents import parse_yaml
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
 from pipeline.events import Events, told_as_json
 
@@ -89,11 +89,8 @@ def parse(job: str, config_type: type, arguments: list[str]) -> Any:
 
 def _check_yaml(path: Path) -> Path:
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {path} must hold fields with values, not {type(content).__name__}")
+    parse_yaml(text, f"--config {path}")
     return path

@@ -33,8 +33,7 @@ def earlier_runs(store: Store, tonight: Mapping[str, Any]) -> list[dict[str, Any
     ones with whole ones. Runs that took up errors are none, and a suspect one is none until it is accepted.
     """
     found = store.objects("runs")
-    written = {run_id: found[commit.record_key(run_id)][1] for run_id in commit.complete_runs(store, found)}
-    newest = sorted(written, key=lambda run_id: written[run_id], reverse=True)[:LOOKED_AT]
+    newest = commit.newest_runs(found)[:LOOKED_AT]
     records = [commit.read_json(store, commit.record_key(run_id)) for run_id in newest]
     comparable = [
         record

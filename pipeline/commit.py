@@ -21,7 +21,7 @@ import io
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,13 +83,18 @@ def report_key(run_id: str) -> str:
     return f"runs/{run_id}/report.html"
 
 
-def complete_runs(store: Store, found: Iterable[str] | None = None) -> list[str]:
-    """Names of the runs that have a record: it is written last, so theirs are the tables that count.
+def complete_runs(store: Store) -> list[str]:
+    """Names of the runs that have a record: it is written last, so theirs are the tables that count."""
+    return _recorded(store.sizes("runs"))
 
-    ``found``: the keys below ``runs``, where they are known.
-    """
-    listed = store.sizes("runs") if found is None else found
-    keys = (key for key in listed if key.count("/") == 1 and key.endswith(".json"))
+
+def newest_runs(found: Mapping[str, tuple[int, datetime]]) -> list[str]:
+    """The same, those first whose record was written last. ``found``: what ``store.objects`` has below ``runs``."""
+    return sorted(_recorded(found), key=lambda run_id: found[record_key(run_id)][1], reverse=True)
+
+
+def _recorded(found: Iterable[str]) -> list[str]:
+    keys = (key for key in found if key.count("/") == 1 and key.endswith(".json"))
     return sorted(key.removeprefix("runs/").removesuffix(".json") for key in keys)
 
 

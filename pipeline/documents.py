@@ -1,4 +1,4 @@
-"""YAML files that people write for a scan, beside its plan: read as strict models, with errors in one line."""
+"""YAML files that people write: read as strict models, with errors in one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ M = TypeVar("M", bound=BaseModel)
 class Strict(BaseModel):
     """Frozen; a field that is not known is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,13 +41,18 @@ def read_document(model: type[M], what: str, uri: str, endpoint_url: str | None)
         raise UsageError(f"{where}: no such file") from error
     except OSError as error:
         raise UsageError(f"{where}: {error.strerror or reason(error)}") from error
+    return parse_document(model, parse_yaml(body, where, _Loader), where), digest(body)
+
+
+def parse_yaml(text: str | bytes, where: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> dict[str, Any]:
+    """The fields that a file holds. Raises UsageError."""
     try:
-        content = yaml.load(body, _Loader)  # a SafeLoader
+        content = yaml.load(text, loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{where} must hold fields with values, not {type(content).__name__}")
-    return parse_document(model, content, where), digest(body)
+    return content
 
 
 def parse_document(model: type[M], content: dict[str, Any], where: str) -> M:

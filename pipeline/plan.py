@@ -13,10 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.documents import parse_document
+from pipeline.documents import Strict, parse_document, parse_yaml
 from pipeline.errors import UsageError
 
 OPERATORS = {"fetch", "decode", "match", "write"}
@@ -24,18 +23,14 @@ OPERATORS = {"fetch", "decode", "match", "write"}
 PLANS = Path(str(files("pipeline"))) / "plans"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class WindowSpec(_Strict):
+class WindowSpec(Strict):
     """When a window is full: at ``images``, or before it holds more than ``megabytes`` as listed."""
 
     images: int = Field(default=256, ge=1)
     megabytes: int = Field(default=256, ge=1)
 
 
-class Actors(_Strict):
+class Actors(Strict):
     """Bounds of an actor pool."""
 
     min: int = Field(default=1, ge=1)
@@ -48,7 +43,7 @@ class Actors(_Strict):
         return self
 
 
-class Pool(_Strict):
+class Pool(Strict):
     """The actors that run one operator: how fast verdicts come, never what they are."""
 
     actors: Actors = Actors()
@@ -56,7 +51,7 @@ class Pool(_Strict):
     """Of one actor, and so of its threads and child processes."""
     num_gpus: float = Field(default=0.0, ge=0)
     """Of one actor. Pools that take fractions share a GPU and its memory."""
-    resources: dict[str, float] = {}
+    resources: dict[str, float] = Field(default_factory=dict)
     """Of one actor, by names that some nodes advertise: says on which of them it may run."""
     windows_per_call: int = Field(default=1, ge=1)
 
@@ -78,7 +73,7 @@ class Pool(_Strict):
         return {kind: amount for kind, amount in needs.items() if amount}
 
 
-class BurstRule(_Strict):
+class BurstRule(Strict):
     """When a window falls back to smaller groups: its own first groups say that violating images are not rare in it."""
 
     first_groups: int = Field(ge=1)
@@ -162,7 +157,7 @@ class StageSpec(Pool):
         return self
 
 
-class Preparation(_Strict):
+class Preparation(Strict):
     """How images are fetched, decoded and written. Its limits are verdicts too: beyond them is an error."""
 
     max_megabytes: int = Field(default=64, ge=1)
@@ -185,7 +180,7 @@ class Preparation(_Strict):
     write: Pool = Pool(num_cpus=0.1, windows_per_call=4)
 
 
-class BankSpec(_Strict):
+class BankSpec(Strict):
     """A bank of PDQ hashes of known content: what matches one of them is flagged before any net has seen it."""
 
     name: str
@@ -200,7 +195,7 @@ class BankSpec(_Strict):
     """Different files of one window that may match one entry. When more do, it is reported there, and not obeyed."""
 
 
-class Audit(_Strict):
+class Audit(Strict):
     """With which probability a cleared image is put into the audit table, for people to look at."""
 
     rate: float = Field(default=0.001, gt=0, le=1)
@@ -217,14 +212,14 @@ class Audit(_Strict):
         return self
 
 
-class Certificate(_Strict):
+class Certificate(Strict):
     """What calibration has shown of the plan: per category the recall that it keeps with this confidence."""
 
     recall: dict[str, float]
     confidence: float = Field(gt=0, lt=1)
-    prevalence: dict[str, float] = {}
+    prevalence: dict[str, float] = Field(default_factory=dict)
     """Share of violating images that was planned for."""
-    positives: dict[str, int] = {}
+    positives: dict[str, int] = Field(default_factory=dict)
     """Violating images that the bound was computed from."""
 
     @model_validator(mode="after")
@@ -234,7 +229,7 @@ class Certificate(_Strict):
         return self
 
 
-class Plan(_Strict):
+class Plan(Strict):
     """Ordered stages. What the last stage finds positive is flagged."""
 
     name: str
@@ -321,15 +316,11 @@ def load_plan(name: str) -> Plan:
     """A shipped plan by name, or a YAML file by path. Raises UsageError."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else PLANS / f"{name}.yaml"
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except OSError as error:
         shipped = ", ".join(sorted(entry.stem for entry in PLANS.glob("*.yaml")))
         raise UsageError(f"plan {path}: {error.strerror}; shipped plans are {shipped}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"plan {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"plan {path} must hold fields with values, not {type(content).__name__}")
-    return parse_plan(content, str(path))
+    return parse_plan(parse_yaml(text, f"plan {path}"), str(path))
 
 
 def parse_plan(content: dict, origin: str) -> Plan:

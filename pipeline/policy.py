@@ -23,8 +23,8 @@ Name = Annotated[str, BeforeValidator(str), Field(pattern=r"^[A-Za-z0-9][A-Za-z0
 class Band(Strict):
     """Scores from ``low`` up to, and without, ``high``; 1 is within a band that ends there."""
 
-    low: float = Field(alias="from", ge=0, le=1)
-    high: float | None = Field(default=None, alias="to", ge=0, le=1)
+    low: float = Field(alias="from", ge=0, le=1, allow_inf_nan=False)
+    high: float | None = Field(default=None, alias="to", ge=0, le=1, allow_inf_nan=False)
     """None: up to the next band, or to 1."""
     action: Action
 

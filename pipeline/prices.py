@@ -17,7 +17,7 @@ from pipeline.documents import Strict, read_document
 from pipeline.policy import Name
 from pipeline.storage import parse_uri
 
-Price = Annotated[float, Field(ge=0)]
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LISTED_PER_REQUEST = 1000
 PUTS_OF_A_SHARD = 11
 """Four merged files and their copies, the marker, the manifest and the status: a copy is charged as a PUT."""

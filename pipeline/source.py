@@ -166,17 +166,14 @@ def _list_s3(location: Location, endpoint_url: str | None) -> Iterator[dict[str,
 def _list_table(location: Location, endpoint_url: str | None) -> Iterator[dict[str, Any]]:
     """A file of uris: column ``uri``, and ``size_bytes``, ``etag``, ``modified_at`` where it has them."""
     try:
-        with open(location.key, "rb") if location.bucket is None else _remote(location, endpoint_url) as body:
+        local = location.bucket is None
+        with open(location.key, "rb") if local else io.BytesIO(read_object(location, endpoint_url)) as body:
             for table in _uri_tables(location, body):
                 yield from _uri_rows(location, table)
     except FileNotFoundError as error:
         raise UsageError(f"source {location.uri}: no such file") from error
     except pa.ArrowException as error:
         raise UsageError(f"source {location.uri}: cannot be read as a table of uris: {error}") from error
-
-
-def _remote(location: Location, endpoint_url: str | None) -> io.BytesIO:
-    return io.BytesIO(read_object(location, endpoint_url))
 
 
 def _uri_tables(location: Location, body: BinaryIO) -> Iterator[pa.Table]:

@@ -139,7 +139,8 @@ def read_history(store: Store, record: Mapping[str, Any]) -> History:
     wanted, until = scope(record["source"]), _moment(record["started_at"])
     nights: dict[str, Night] = {}
     skipped: dict[str, str] = {}
-    for run_id in dict.fromkeys([record["run_id"], *_newest_first(store)[:READ_AT_MOST]]):
+    newest = commit.newest_runs(store.objects("runs"))[:READ_AT_MOST]
+    for run_id in dict.fromkeys([record["run_id"], *newest]):
         try:
             content = record if run_id == record["run_id"] else commit.read_json(store, commit.record_key(run_id))
             found = _Record.model_validate(_plain(content) if content is record else content)
@@ -152,17 +153,6 @@ def read_history(store: Store, record: Mapping[str, Any]) -> History:
             skipped[f"run {run_id}"] = _why(error)
     last = sorted(nights.values(), key=lambda night: (night.started_at, night.run_id))[-RUNS:]
     return History(nights=last, skipped=skipped)
-
-
-def _newest_first(store: Store) -> list[str]:
-    """Names of complete runs by when their record was last written."""
-    objects = store.objects("runs")
-    return sorted(commit.complete_runs(store), key=lambda run_id: _written(objects, run_id), reverse=True)
-
-
-def _written(objects: Mapping[str, tuple[int, datetime]], run_id: str) -> float:
-    key = commit.record_key(run_id)
-    return objects[key][1].timestamp() if key in objects else math.inf  # it came a moment ago
 
 
 def _read_audit(store: Store, run_id: str, skipped: dict[str, str]) -> _Audit | None:

@@ -104,7 +104,9 @@ def _nobody(stage: StageSpec) -> dict[str, tuple[float, ...]]:
 
 def _pixels(photos: list[Path], side: int, images: int, limits: Preparation) -> np.ndarray:
     """uint8 (images, side, side, 3)."""
-    found = [Image(image_id=path.name, uri=path.as_uri(), payload=path.read_bytes()) for path in photos[:images]]
+    found = [
+        Image(image_id=path.name, uri=path.resolve().as_uri(), payload=path.read_bytes()) for path in photos[:images]
+    ]
     window = Window(shard=0, window=0, first_ordinal=0, images=found)
     Decoder("decode", side, limits)([window])
     if window.pixels is None:
@@ -123,7 +125,7 @@ def _net(tester: GroupStage, pixels_NSS3: np.ndarray) -> Sample:
     _wait(tester.device)
     with Clock() as clock:
         for part in pixels.split(batch):
-            tester.test_batch(part, present_N[: len(part)], size)
+            tester.test_batch(part, present_N[: len(part)], size, keep=False)
         _wait(tester.device)
     return clock.sample(whole)
 
@@ -150,7 +152,7 @@ def _busy_share(tester: GroupStage, pixels_NSS3: np.ndarray, window_images: int)
     if tester.device.type != "cuda":
         return None
     windows = _windows(pixels_NSS3, window_images)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         _wait(tester.device)
         with Clock() as clock:
             tester(windows)

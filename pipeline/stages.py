@@ -163,7 +163,7 @@ class GroupStage:
     def _test_fresh(self, number: int, groups: list[Group], pixel_rows: PixelRows) -> _Tested:
         """Tests groups from their pixels."""
         size = self.spec.rounds[number]
-        logits_GK, batches = self._test(groups, size, pixel_rows)
+        logits_GK, batches = self._test(groups, size, pixel_rows, keep=not self._is_last(number))
         positive_G = self._judge(number, groups, self._to_scores(logits_GK))
         kept = Kept() if self._is_last(number) else self._keep_positive(batches, positive_G, size)
         return _Tested(groups, np.full(len(groups), self.cost.fresh[number]), positive_G, kept)
@@ -194,7 +194,7 @@ class GroupStage:
         (size,) = self.spec.rounds
         first = [group for window in windows for group in form_groups(window, self.spec)]
         second = [group for window in windows for group in form_groups(window, self.spec, across=True)]
-        logits_GK, batches = self._test(first, size, pixel_rows)
+        logits_GK, batches = self._test(first, size, pixel_rows, keep=True)
         again_GK = self._regroup([features.units[1] for features in batches], first, second, size)
         # Both groupings saw every image that entered, whoever the first one clears.
         positive = np.concatenate(
@@ -222,25 +222,25 @@ class GroupStage:
             logits.append(self.net.regroup(units_NX, self.upload(present_N), size))
         return torch.cat(logits)[: len(second)]
 
-    def _test(self, groups: list[Group], size: int, pixel_rows: PixelRows) -> tuple[Tensor, list[Kept]]:
+    def _test(self, groups: list[Group], size: int, pixel_rows: PixelRows, *, keep: bool) -> tuple[Tensor, list[Kept]]:
         """Logits (G, K) of tests from pixels, and per device batch what it keeps for later rounds."""
         logits, batches = [self._no_logits()], []
         for pixels_NSS3, present_N in self._batches(groups, size, pixel_rows):
-            logits_GK, features = self.test_batch(pixels_NSS3, present_N, size)
+            logits_GK, features = self.test_batch(pixels_NSS3, present_N, size, keep=keep)
             logits.append(logits_GK)
             batches.append(features)
         return torch.cat(logits)[: len(groups)], batches
 
-    def test_batch(self, pixels_NSS3: Tensor, present_N: Tensor, size: int) -> tuple[Tensor, Kept]:
-        """Logits (N / size, K) of one device batch of consecutive groups, and what it keeps; uint8 pixels in."""
-        parts = self.net.group_sizes[: self.net.depth_of(size)]
+    def test_batch(self, pixels_NSS3: Tensor, present_N: Tensor, size: int, *, keep: bool) -> tuple[Tensor, Kept]:
+        """Logits (N / size, K) of one device batch of consecutive groups, uint8, and what later rounds go on from."""
+        parts = self.net.group_sizes[: self.net.depth_of(size)] if keep else ()
 
         def run(pixels_NSS3: Tensor, present_N: Tensor) -> tuple[Tensor, ...]:
             images_NCHW = self.net.trunk.normalise(pixels_NSS3).to(self.dtype)
             logits_GK, kept = self.net.test(images_NCHW, present_N, size)
-            return logits_GK, *kept.units.values(), *kept.present.values()
+            return logits_GK, *(kept.units[part] for part in parts), *(kept.present[part] for part in parts)
 
-        logits_GK, *features = self.graphs(("test", size), run, pixels_NSS3, present_N)
+        logits_GK, *features = self.graphs(("test", size, keep), run, pixels_NSS3, present_N)
         units, present = features[: len(parts)], features[len(parts) :]
         return logits_GK, Kept(dict(zip(parts, units, strict=True)), dict(zip(parts, present, strict=True)))
 

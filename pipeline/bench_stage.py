@@ -98,8 +98,8 @@ def _rate(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def _nobody(stage: StageSpec) -> dict[str, tuple[float, ...]]:
-    """Thresholds that no score reaches."""
-    return dict.fromkeys(stage.thresholds, (1.0,))
+    """Thresholds that no score reaches: one of 1 does where a net is sure of itself."""
+    return dict.fromkeys(stage.thresholds, (2.0,))
 
 
 def _pixels(photos: list[Path], side: int, images: int, limits: Preparation) -> np.ndarray:

@@ -134,8 +134,7 @@ def _steps(plan: Plan, destination: Destination) -> list[_Step]:
                 banks = destination.banks if stage is plan.stages[0] else None
                 add(name, preparation.decode, WindowsToWindows, Decoder, *sized, banks)
         told = {"final": stage is plan.stages[-1], "gpu_kind": gpu_kind, "cost": models.costs[stage.name]}
-        placed = stage.model_copy(update={"num_gpus": plan.fused.num_gpus}) if plan.fused else stage
-        add(stage.name, stage, WindowsToWindows, build_stage, placed, plan.categories, **told)
+        add(stage.name, stage, WindowsToWindows, build_stage, stage, plan.categories, **told)
     named = (destination.attempts, destination.run_id, plan, models.versions, destination.salt, destination.policy)
     add("write", preparation.write, WindowsToReceipts, Sink, store, *named)
     return steps

@@ -25,7 +25,8 @@ class Graphs:
     A small net has some dozens of kernels that each take less time than their launch from Python. A graph is recorded
     when its key and shapes are seen for the second time: what comes once is not worth it, and the first call has the
     libraries choose their algorithms. Graphs of one instance share their memory, so results are copied out.
-    Elsewhere functions are just called.
+    Elsewhere functions are just called. For actors with one call at a time: who records must be alone on the device in
+    this process, for a recording ends when another thread waits for all of it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,7 +64,7 @@ class Graphs:
     def _record(self, run: Run, inputs: tuple[Tensor, ...]) -> _Recorded:
         fixed = tuple(torch.empty_like(given) for given in inputs)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the actor may allocate meanwhile, and that is no part of the graph.
+        # Threads of libraries may allocate meanwhile, and that is no part of the graph.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = run(*fixed)
         self.pool = self.pool or graph.pool()

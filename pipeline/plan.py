@@ -243,8 +243,8 @@ class Plan(Strict):
     audit: Audit = Audit()
     certificate: Certificate | None = None
     fused: Pool | None = None
-    """One pool whose actors run all operators, each for windows of its own, so that nothing passes through the object
-    store. What the operators' own pools say is not read then; with num_gpus all nets are on the GPU, once an actor."""
+    """For nodes without GPUs: one pool whose actors run all operators, each for windows of its own, so that nothing
+    passes through the object store. What the operators' own pools say is not read then."""
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
@@ -274,14 +274,15 @@ class Plan(Strict):
                     f"than {groups} groups, so none could fall back; look at fewer, or give larger windows"
                 )
         asking = [stage.name for stage in self.stages if stage.num_gpus]
-        if self.fused and asking:
+        if self.fused and (asking or self.fused.num_gpus):
             raise ValueError(
-                f"stages {asking} ask for num_gpus, but fused actors run them: give fused the num_gpus, or leave it out"
+                f"fused is for plans without GPUs, but {asking or 'it'} ask for some: leave out fused, or num_gpus"
             )
         if self.preparation.jpeg == "device":
-            if not (self.fused or self.preparation.decode).num_gpus:
+            if self.fused or not self.preparation.decode.num_gpus:
                 raise ValueError(
-                    "preparation.jpeg is device, but no GPU is asked for: give preparation.decode (or fused) num_gpus"
+                    "preparation.jpeg is device, but decoders have no GPU: give preparation.decode num_gpus, and leave "
+                    "out fused"
                 )
             if self.banks:
                 raise ValueError(
@@ -305,7 +306,7 @@ class Plan(Strict):
 
     @property
     def asks_for_gpus(self) -> bool:
-        return any(pool.num_gpus for pool in (*self.stages, self.fused or self.preparation.decode))
+        return any(pool.num_gpus for pool in (*self.stages, self.preparation.decode))
 
     @property
     def version(self) -> str:

@@ -64,10 +64,10 @@ def commands(fence: Fence) -> Iterator[Command]:
     line = fence.line
     for text in joined.split("\n"):
         words, _, comment = text.replace("\0", "").partition(" # ")
-        words = words.strip()
+        words = "" if words.lstrip().startswith("#") else words.strip()
         if fence.language == "cron":
             words = CRON.sub("", words).replace("\\%", "%") if CRON.match(words) else ""
-        if words and not words.startswith("#"):
+        if words:
             code = re.match(r"\s*ends with (\d)", comment)
             yield Command(fence.page, line, words, int(code[1]) if code else 0)
         line += 1 + text.count("\0")

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import chdir
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from ray.scripts.scripts import cli as ray_cli
 
+from pipeline import commit
 from pipeline.codes import CODES
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
 from pipeline.plan import BankSpec, load_plan
@@ -21,7 +23,8 @@ from pipeline.policy import read_policy
 from pipeline.storage import s3_client
 from pipeline.store import Store
 from pipeline.tables import open_tables, sql_session
-from tests.conftest import upload
+from tests.conftest import QUICK as QUICK_PLAN
+from tests.conftest import small_plan, upload
 from tests.documents import (
     JOBS,
     PAGES,
@@ -37,7 +40,7 @@ from tests.documents import (
     name_of,
     spans,
 )
-from tests.outputs import judged, write_night
+from tests.outputs import judged, scan_by_hand, write_night
 
 ALL = {name_of(page): list(fences(page)) for page in PAGES}
 SHELL = ("sh", "cron")
@@ -48,6 +51,7 @@ QUICK = ("README.md", "docs/scan.md", "docs/plan.md", "docs/deploy/observe.md", 
 """Pages that are run from top to bottom, in this order, beside one store: each finds what those before it have left."""
 SLOW = ("docs/getting-started.md",)
 SLOW_COMMANDS = {"make scan"}
+OUTPUT = "s3://my-results/dorfman"
 
 HEAD = "needs a Ray head: tests/test_submit.py submits, follows and stops jobs on one"
 CLUSTER = "needs a cluster of machines"
@@ -131,25 +135,25 @@ def clone(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str, corpus: Pa
     pictures = sorted(path for path in corpus.rglob("*.*") if path.suffix != ".parquet")[:48]
     for path, key in zip(pictures, ["a.jpg", *(path.name for path in pictures[1:])], strict=True):
         client.upload_file(str(path), "my-bucket", f"uploads/{key}")
-    store = Store("s3://my-results/dorfman", s3_endpoint)
-    gone = judged("lost", "error", error_code="fetch_timeout") | {
-        "source_uri": f"s3://my-bucket/uploads/{pictures[1].name}"
-    }
-    write_night(store, "2026-11-22", 0, [gone, judged("b", "cleared")], exclude=[])
-    odd = [{"gate": "flagged trefoil", "words": "flagged as trefoil 4.00 %, 0.5 to 1.2 % were expected"}]
-    write_night(store, "2026-11-25", 1, [judged("c", "flagged", "trefoil"), judged("d", "cleared")], suspect=odd)
+    plan = small_plan(made.folder, QUICK_PLAN)
+    by_hand = partial(scan_by_hand, "s3://my-bucket/uploads/", OUTPUT, plan, endpoint_url=s3_endpoint)
+    by_hand("2026-11-22", lambda name: "fetch_timeout" if name == pictures[1].name else "cleared")
+    record = by_hand("2026-11-25", lambda name: "flagged" if name in ("a.jpg", pictures[2].name) else "cleared")
+    odd = [{"gate": "flagged trefoil", "words": "flagged as automobile 4.17 %, 0.5 to 1.2 % were expected"}]
+    commit.write_json(Store(OUTPUT, s3_endpoint), commit.record_key("2026-11-25"), record | {"suspect": odd})
+    plan.unlink()
     return made
 
 
 def write_reviews(clone: Clone) -> None:
     """What people say of the nights' findings and of what was drawn: that the nets were right."""
-    store = Store("s3://my-results/dorfman", clone.endpoint)
+    store = Store(OUTPUT, clone.endpoint)
     nights = "run_id IN ('2026-11-23', '2026-11-24')"
     with sql_session(open_tables(store)) as session:
         flagged = session.sql(f"SELECT image_id, 'trefoil' AS category, 1 AS label FROM flagged WHERE {nights}")
         drawn = session.sql(f"SELECT image_id, 'trefoil' AS category, 0 AS label FROM audit WHERE {nights}")
         table = pa.concat_tables([flagged.to_arrow_table(), drawn.to_arrow_table()])
-    assert flagged.shape[0], "the first night has flagged nothing"
+    assert 1 in table["label"].to_pylist(), "the first night has flagged nothing"
     pq.write_table(table, clone.folder / "reviews.parquet")
 
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md: ``python docs/pictures/draw.py [FOLDER]``. A test compares them with the files.
+"""Draws the pictures of docs/concepts.md: ``python docs/pictures/draw.py [FOLDER]``. A test compares.
 
 Each is a card with a background of its own, in two sets of colours: it is legible on any page, light or dark.
 """
@@ -14,14 +14,14 @@ from models.intervals import interval
 
 STYLE = """
   .card { fill: #ffffff } .line { stroke: #57606a; stroke-width: 1.5; fill: none } .thin { stroke: #d0d7de; fill: none }
-  .calm { fill: #ddf4ff; stroke: #0969da } .hot { fill: #ffd8d3; stroke: #cf222e } .dim { fill: #eaeef2; stroke: #8c959f }
-  .warm { fill: #fff1c9; stroke: #9a6700 } text { fill: #1f2328; font: 14px system-ui, sans-serif }
-  .small { font-size: 12px } .head { font-weight: 600 } .mid { text-anchor: middle } .end { text-anchor: end }
-  .curve { stroke: #0969da; stroke-width: 2.5; fill: none }
+  .calm { fill: #ddf4ff; stroke: #0969da } .hot { fill: #ffd8d3; stroke: #cf222e }
+  .dim { fill: #eaeef2; stroke: #8c959f } .warm { fill: #fff1c9; stroke: #9a6700 }
+  text { fill: #1f2328; font: 14px system-ui, sans-serif } .small { font-size: 12px } .head { font-weight: 600 }
+  .mid { text-anchor: middle } .end { text-anchor: end } .curve { stroke: #0969da; stroke-width: 2.5; fill: none }
   @media (prefers-color-scheme: dark) {
     .card { fill: #0d1117 } .line { stroke: #9198a1 } .thin { stroke: #3d444d } text { fill: #f0f6fc }
-    .calm { fill: #0c2d5b; stroke: #4493f8 } .hot { fill: #5d1a1c; stroke: #f85149 } .dim { fill: #21262d; stroke: #656c76 }
-    .warm { fill: #4b3710; stroke: #d29922 } .curve { stroke: #4493f8 }
+    .calm { fill: #0c2d5b; stroke: #4493f8 } .hot { fill: #5d1a1c; stroke: #f85149 }
+    .dim { fill: #21262d; stroke: #656c76 } .warm { fill: #4b3710; stroke: #d29922 } .curve { stroke: #4493f8 }
   }
 """
 
@@ -147,8 +147,15 @@ def flow() -> tuple[int, int, list[str]]:
             "head",
         )
     ]
-    steps = [("list", "manifest"), ("fetch", "bytes"), ("decode", "pixels"), ("stage 1", "cheap no"), ("stage 2", "good net"),
-             ("write", "attempts"), ("commit", "the driver")]  # fmt: skip
+    steps = [
+        ("list", "manifest"),
+        ("fetch", "bytes"),
+        ("decode", "pixels"),
+        ("stage 1", "cheap no"),
+        ("stage 2", "good net"),
+        ("write", "attempts"),
+        ("commit", "the driver"),
+    ]
     for number, (name, what) in enumerate(steps):
         kind = "warm" if name in ("list", "commit") else "calm"
         parts += block(24 + number * 118, 60, 94, 50, kind, name, what)
@@ -179,8 +186,12 @@ def outcomes() -> tuple[int, int, list[str]]:
         parts += block(24 + number * 190, 50, 170, 44, "dim", *words)
         if number:
             parts += [arrow(194 + (number - 1) * 190, 72, 212 + (number - 1) * 190, 72)]
-    ends = [(24, "warm", "skipped", "unchanged, or known", "yes"), (214, "warm", "error", "with a code", "no"),
-            (404, "warm", "error", "score_not_finite", "no"), (594, "hot", "flagged", "a model says violating", "yes")]  # fmt: skip
+    ends = [
+        (24, "warm", "skipped", "unchanged, or known", "yes"),
+        (214, "warm", "error", "with a code", "no"),
+        (404, "warm", "error", "score_not_finite", "no"),
+        (594, "hot", "flagged", "a model says violating", "yes"),
+    ]
     for x, kind, name, why, answer in ends:
         parts += [
             arrow(x + 85, 92, x + 85, 134),
@@ -230,8 +241,15 @@ def svg(width: int, height: int, parts: list[str], title: str) -> str:
     tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     tip += '<path class="line" d="M1 1 L7 4 L1 7"/></marker>'
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}">',
-             f"<style>{STYLE}</style>", f"<defs>{tip}</defs>", box(0, 0, width, height, "card"), *parts, "</svg>", ""]  # fmt: skip
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}">',
+        f"<style>{STYLE}</style>",
+        f"<defs>{tip}</defs>",
+        box(0, 0, width, height, "card"),
+        *parts,
+        "</svg>",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -241,6 +241,7 @@ def run_page(page: str, clone: Clone, left_out: set[str]) -> int:
     return done
 
 
+@pytest.mark.timeout(1800)
 def test_commands_of_the_pages_run_from_top_to_bottom(clone: Clone, monkeypatch: pytest.MonkeyPatch):
     warehouse = clone.folder / "warehouse"
     for name, value in {

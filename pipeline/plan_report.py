@@ -86,6 +86,13 @@ class PlanReport:
             return "No plan with groups keeps the recall and the false-positive rate: this one has none."
         if without is None:
             return "**Groups pay**: no plan without them keeps the recall and the false-positive rate."
+        rival, mine = (without, groups) if chosen.kind == "groups" else (groups, without)
+        if _cost(rival) < _cost(mine):
+            return (
+                f"`{rival.route.name}`, {'without' if rival is without else 'with'} groups, costs "
+                f"{_cost(rival) / _cost(mine):.2f} times as much as this plan: whether groups pay is open. It was not "
+                "certified, for the search had put others first; more labelled pictures would tell them apart."
+            )
         ratio = _cost(without) / _cost(groups)
         if chosen.kind == "groups":
             return (

@@ -95,7 +95,7 @@ def write_night(
 
 
 def scan_by_hand(
-    source: Path, output: str, plan: Path, run_id: str, decide: Callable[[str], str], **options: Any
+    source: Path | str, output: str, plan: Path, run_id: str, decide: Callable[[str], str], **options: Any
 ) -> dict[str, Any]:
     """A whole ``run_scan`` of the files in a folder whose stream is neither nets nor Ray.
 

@@ -114,6 +114,17 @@ def test_groups_that_do_not_pay_are_left_out_and_it_says_so(scores, tmp_path):
     assert "**Grouping does not pay here**" in (tmp_path / "sharp.md").read_text()
 
 
+def test_a_cheaper_plan_of_the_other_kind_that_was_not_certified_is_told_of(scores_file, tmp_path):
+    planned = plan_from_scores(PlanConfig(scores=str(scores_file), output=tmp_path / "found.yaml", **WANTED))
+    report, without = planned.report, planned.report.best_without
+    assert planned.proposal.chosen.kind == "groups" and without is not None and report.best_groups is not None
+    cost = 0.9 * report.best_groups.spent.cost
+    report.best_without = replace(without, spent=replace(without.spent, cost=cost))
+    page = report.markdown([])
+    assert f"`{without.route.name}`, without groups, costs 0.90 times as much" in page
+    assert "not certified" in page and "**Groups pay**" not in page
+
+
 def test_the_more_violating_images_the_less_groups_save(scores):
     """At a prevalence of a half nearly every image is tested in every round."""
     planned = [route for route in routes(scores, "gmac") if route.name == "group-16 > group-4 > group-1"]

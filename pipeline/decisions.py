@@ -11,7 +11,7 @@ out.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -88,9 +88,14 @@ def write_decision(store: Store, rows: list[dict[str, Any]]) -> None:
 
 def read_decisions(store: Store, keys: Iterable[str]) -> pa.Table:
     """The rows of these files, without those of files that are gone. Raises UsageError for one that is no review."""
+    return pa.concat_tables([schema.DECISIONS.empty_table(), *(table for _, table in read_each(store, keys))])
+
+
+def read_each(store: Store, keys: Iterable[str]) -> Iterator[tuple[str, pa.Table]]:
+    """The same file by file, many requests in flight."""
+    wanted = list(keys)
     with ThreadPoolExecutor(READERS) as readers:
-        tables = readers.map(lambda key: _read(store, key), keys)
-        return pa.concat_tables([schema.DECISIONS.empty_table(), *tables])
+        yield from zip(wanted, readers.map(lambda key: _read(store, key), wanted), strict=True)
 
 
 def _read(store: Store, key: str) -> pa.Table:

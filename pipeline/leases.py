@@ -24,6 +24,11 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def image_of(key: str) -> str:
+    """The image that a lease is about, by the lease's key."""
+    return key.rsplit("/", 1)[-1].partition("-")[2].removesuffix(".json")
+
+
 class Leases:
     """The leases of one session, for decisions of one kind. ``holder``: unique to the session."""
 

@@ -161,7 +161,8 @@ function paint() {
   const notice = picture ? picture.problem : "Fetching the picture";
   $("notice").hidden = !notice;
   $("notice").textContent = notice || "";
-  $("reveal").hidden = !(picture && picture.url) || revealed;
+  $("reveal").hidden = !(picture && picture.url);
+  $("reveal").replaceChildren(revealed ? "Blur it again " : "Show the picture ", make("kbd", "Space"));
   const visible = Boolean(picture && picture.url);
   for (const id of ["violating", "not-violating"]) $(id).disabled = busy || !visible;
   $("unsure").disabled = busy || !picture || Boolean(picture.failed);
@@ -231,7 +232,7 @@ function showEnd() {
   $("end-title").textContent = title;
   $("end-text").textContent = text;
   const list = Object.entries(answers).map(([answer, count]) => make("li", `${answer}: ${count.toLocaleString("en")}`));
-  if (list.length) list.unshift(make("li", "Your decisions in this session:"));
+  $("end-head").textContent = list.length ? "Your decisions in this session" : "";
   $("end-list").replaceChildren(...list);
   paint();
   $("end").focus({ preventScroll: true });
@@ -296,7 +297,8 @@ async function showLast() {
 /** At the end there is no side panel: the lines go where the summary is. */
 function showInEnd() {
   const lines = [...$("history-body").querySelectorAll("p")].map((line) => make("li", line.textContent));
-  $("end-list").replaceChildren(make("li", $("history-title").textContent), ...lines);
+  $("end-head").textContent = $("history-title").textContent;
+  $("end-list").replaceChildren(...lines);
 }
 
 // What a reviewer does

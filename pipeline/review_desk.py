@@ -161,7 +161,8 @@ class Desk:
             if again:
                 self.skipped.clear()
             self._put_down(have, category)
-            found, elsewhere = [], 0
+            found: list[dict[str, Any]] = []
+            elsewhere = 0
             for item in self._open(category):
                 if len(found) >= min(wanted, MOST_AHEAD - len(have)):
                     break

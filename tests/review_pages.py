@@ -1,4 +1,4 @@
-"""Outputs to review, written by hand over real pictures, and a headless Chromium to review them in."""
+"""Outputs to review, written by hand over real pictures, and the page served from here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pytest
 from PIL import Image
 
 from pipeline import commit, schema
+from pipeline.plan import Preparation
 from pipeline.review_desk import Desk
 from pipeline.review_picture import Pictures
 from pipeline.review_queue import read_queue
@@ -28,8 +28,9 @@ from pipeline.store import Store, digest
 from pipeline.window import OUTCOMES
 from tests.outputs import blank
 
-CHROMIUM = Path("/usr/bin/chromium")
 DAY = "2026-01-02"
+PICTURES = Pictures(Preparation(), None)
+"""For all desks: each would start a decoder of its own."""
 MOMENT = datetime(2026, 1, 2, 3, tzinfo=UTC)
 
 
@@ -126,8 +127,7 @@ def night(
 
 
 def desk_of(store: Store, *run_ids: str, reviewer: str = "ann", kind: str = "first", **options: Any) -> Desk:
-    queue = read_queue(store, run_ids or ("mon",))
-    return Desk(store, queue, Pictures(queue.limits, None), kind=kind, reviewer=reviewer, **options)
+    return Desk(store, read_queue(store, run_ids or ("mon",)), PICTURES, kind=kind, reviewer=reviewer, **options)
 
 
 @contextmanager
@@ -144,17 +144,3 @@ def served(desk: Desk) -> Iterator[ReviewServer]:
         asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    """Debian's Chromium, driven by playwright; nothing is downloaded."""
-    if not CHROMIUM.exists():
-        pytest.skip(f"there is no {CHROMIUM}: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # A sandbox of Chromium's own cannot be had in a container or as root.
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield browser
-        browser.close()

@@ -57,7 +57,7 @@ def flagged_row(
     if score is None:
         found = {"stages": [], "decided_stage": "match", "match_bank": "known", "match_distance": 3}
     named = {"run_id": run_id, "category": category, "scanned_at": MOMENT, "recommended_action": "review"}
-    return blank("flagged", **about, **named, **(found | values))
+    return blank("flagged", **(about | named | found | values))
 
 
 def drawn_row(about: dict[str, Any], run_id: str, scores: list[float], **values: Any) -> dict[str, Any]:

@@ -122,7 +122,9 @@ class Desk:
         )
 
     def _is_done(self, item: Item) -> bool:
-        return any(self.kind in (decision.kind, "first") for decision in self.log.on(item.image_id))
+        """A plan that looks for more than the one before asks about an image again."""
+        made = [decision for decision in self.log.on(item.image_id) if self.kind in (decision.kind, "first")]
+        return bool(made) and set(item.categories) <= frozenset.union(*(decision.asked for decision in made))
 
     def refresh(self) -> None:
         """Learns what others have decided."""

@@ -24,6 +24,8 @@ class Decision:
     decided_at: datetime
     answer: str
     categories: tuple[str, ...]
+    asked: frozenset[str]
+    """All categories that it is about."""
 
     @property
     def judges(self) -> bool:
@@ -84,6 +86,7 @@ class ReviewLog:
                 **{name: first[name] for name in ("decision_id", "kind", "reviewer", "decided_at")},
                 answer="violating" if violating else first["decision"],
                 categories=violating,
+                asked=frozenset(row["category"] for row in parts),
             )
 
     def on(self, image_id: str) -> list[Decision]:

@@ -33,6 +33,8 @@ from pipeline.review_picture import SIDE, Pictures
 from pipeline.review_queue import newest_run, read_names, read_queue
 from pipeline.reviews import read_evidence
 from pipeline.sink import table_bytes
+from pipeline.source import image_id
+from pipeline.storage import s3_client
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand
@@ -502,10 +504,17 @@ def test_decisions_on_images_of_other_runs_and_plans_are_no_part_of_an_audit(rev
     go(desk_of(reviewed, "tue"), "violating")
     assert len(read_evidence(reviewed, ("mon",), read_standing(reviewed)).labels) == 26
     assert read_evidence(reviewed, ("tue",), read_standing(reviewed)).labels == {(about["image_id"], "gore"): 1}
-    # The same image under a plan that looks for more: half of an answer is none.
+    write_run(reviewed, "thu", [flagged_row(about, "thu", "gore", 0.6)], categories=("gore",))
+    assert desk_of(reviewed, "thu").progress()["done"] == 1  # decided on Tuesday
+    # The same image under a plan that looks for more: half of an answer is none, and it is asked for again.
     rows = [flagged_row(about, "wed", "weapon", 0.7)]
     write_run(reviewed, "wed", rows, categories=("gore", "weapon"))
     assert read_evidence(reviewed, ("wed",), read_standing(reviewed)).labels == {}
+    assert desk_of(reviewed, "wed").progress()["done"] == 0
+    go(desk_of(reviewed, "wed"), "violating", "weapon")
+    assert read_evidence(reviewed, ("wed",), read_standing(reviewed)).labels == {
+        (about["image_id"], "gore"): 0, (about["image_id"], "weapon"): 1
+    }  # fmt: skip
 
 
 def test_calibration_searches_with_reviews_and_never_certifies_with_them(reviewed, tmp_path):
@@ -583,3 +592,32 @@ def test_a_file_among_the_reviews_that_is_none_is_named(reviewed):
     reviewed.write("reviews/review_date=2026-01-01/notes.parquet", b"not Parquet")
     with pytest.raises(UsageError, match=r"notes\.parquet is no file of reviews: .*; take it away"):
         desk_of(reviewed)
+
+
+def test_a_night_in_a_bucket_is_reviewed_by_two(s3_endpoint, tmp_path):
+    """Conditional PUTs, listings and pictures as an S3 server has them."""
+    client = s3_client(s3_endpoint)
+    client.create_bucket(Bucket="reviewed")
+    rows = []
+    for number in range(4):
+        body = draw(tmp_path / f"{number}.jpg", number).read_bytes()
+        etag = client.put_object(Bucket="reviewed", Key=f"in//{number}.jpg", Body=body)["ETag"].strip('"')
+        uri = f"s3://reviewed/in//{number}.jpg"
+        about = {"image_id": image_id(uri, etag), "source_uri": uri, "etag": etag, "size_bytes": len(body)}
+        rows.append(flagged_row(about, "mon", "gore", 0.9 - number / 10))
+    store = Store("s3://reviewed/out", s3_endpoint)
+    write_run(store, "mon", rows)
+    queue = read_queue(store, (newest_run(store),))
+    pictures = Pictures(queue.limits, s3_endpoint)
+    ann, bob = (Desk(store, queue, pictures, kind="first", reviewer=name) for name in ("ann", "bob"))
+    for desk in (ann, bob, ann, bob):
+        go(desk, "violating")
+        ann.refresh()
+        bob.refresh()
+    assert ann.next([], None, 1)["items"] == bob.next([], None, 1)["items"] == []
+    assert {image for image, _ in read_standing(store).labels} == {row["image_id"] for row in rows}
+    client.put_object(Bucket="reviewed", Key="in//0.jpg", Body=b"another")
+    assert "another one than was scanned" in (pictures.show(rows[0]["source_uri"], rows[0]["etag"], None).problem or "")
+    sql = "SELECT reviewer, count(*) AS decisions FROM reviews WHERE stands GROUP BY ALL ORDER BY ALL"
+    answer = run_here(query_job, sql, "--output", store.uri, "--endpoint-url", s3_endpoint, "--format", "csv")
+    assert answer.stdout.splitlines() == ["reviewer,decisions", "ann,2", "bob,2"], answer.stderr

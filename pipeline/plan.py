@@ -177,6 +177,8 @@ class Preparation(Strict):
     fetch: Pool = Pool(num_cpus=0.25)
     decode: Pool = Pool(num_cpus=1.0)
     """Each actor has one child process that decodes."""
+    jpeg: Literal["child", "device"] = "child"
+    """What decodes JPEG: a child process that can be killed, or, for trusted sources alone, the actor's GPU."""
     write: Pool = Pool(num_cpus=0.1, windows_per_call=4)
 
 
@@ -241,8 +243,8 @@ class Plan(Strict):
     audit: Audit = Audit()
     certificate: Certificate | None = None
     fused: Pool | None = None
-    """For nodes without GPUs: one pool whose actors run all operators, each for windows of its own, so that nothing
-    passes through the object store. What the operators' own pools say is not read then."""
+    """One pool whose actors run all operators, each for windows of its own, so that nothing passes through the object
+    store. What the operators' own pools say is not read then; with num_gpus all nets are on the GPU, once an actor."""
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
@@ -274,8 +276,17 @@ class Plan(Strict):
         asking = [stage.name for stage in self.stages if stage.num_gpus]
         if self.fused and asking:
             raise ValueError(
-                f"fused is for plans without GPUs, but stages {asking} ask for some: leave out fused, or num_gpus"
+                f"stages {asking} ask for num_gpus, but fused actors run them: give fused the num_gpus, or leave it out"
             )
+        if self.preparation.jpeg == "device":
+            if not (self.fused or self.preparation.decode).num_gpus:
+                raise ValueError(
+                    "preparation.jpeg is device, but no GPU is asked for: give preparation.decode (or fused) num_gpus"
+                )
+            if self.banks:
+                raise ValueError(
+                    "preparation.jpeg is device, but only the child hashes pictures for banks: leave it out"
+                )
         banks = [bank.name for bank in self.banks]
         if len(set(banks)) != len(banks) or not all(banks):
             raise ValueError(f"bank names are {banks}; each bank needs a name of its own")
@@ -293,6 +304,10 @@ class Plan(Strict):
         return self
 
     @property
+    def asks_for_gpus(self) -> bool:
+        return any(pool.num_gpus for pool in (*self.stages, self.fused or self.preparation.decode))
+
+    @property
     def version(self) -> str:
         """Twelve hexadecimal digits that change with whatever can change a verdict."""
         speed_only = {*Pool.model_fields, "batch_images"}
@@ -305,6 +320,8 @@ class Plan(Strict):
             for stage in self.stages
         ]
         without = {"preparation", "stages", "audit", "certificate", "fused"} | (set() if self.banks else {"banks"})
+        if self.preparation.jpeg != "child":
+            limits |= {"jpeg"}  # another decoder: a score near a threshold may fall to its other side
         content = self.model_dump(mode="json", exclude=without) | {
             "limits": self.preparation.model_dump(include=limits),
             "stages": stages,

@@ -161,7 +161,8 @@ def cost_of(record: Mapping[str, Any], prices: dict[str, Any]) -> dict[str, Any]
 def _stage_part(record: Mapping[str, Any], parts: Mapping[str, float | None]) -> float:
     """Of the cost: the GPUs where stages run on them, and the CPUs by the share of the operators' time there that
     stages without GPUs had."""
-    on_gpus = {stage["name"] for stage in record["plan"]["stages"] if stage.get("num_gpus")}
+    together = (record["plan"].get("fused") or {}).get("num_gpus")
+    on_gpus = {stage["name"] for stage in record["plan"]["stages"] if together or stage.get("num_gpus")}
     on_cpus = {stage["name"] for stage in record["plan"]["stages"]} - on_gpus
     work = [(row["operator"], row["seconds"]) for row in record["operators"] if row["operator"] not in on_gpus]
     whole = sum(seconds for _, seconds in work)

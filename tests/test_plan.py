@@ -52,11 +52,9 @@ def test_a_plan_that_cannot_work_is_refused_with_the_place(path, value, words):
         parse_plan(changed(path, value), "here")
 
 
-def test_operators_of_a_plan_with_gpus_are_not_fused():
+def test_stages_of_fused_actors_ask_for_no_gpus_of_their_own():
     plan = changed("stages.0.num_gpus", 0.5) | {"fused": {"num_cpus": 1}}
-    with pytest.raises(
-        UsageError, match=r"fused is for plans without GPUs, but stages .* ask for some: leave out fused"
-    ):
+    with pytest.raises(UsageError, match=r"stages .* ask for num_gpus, but fused actors run them: give fused the"):
         parse_plan(plan, "here")
 
 

@@ -51,9 +51,12 @@ def s3_endpoint() -> Iterator[str]:
 CHROMIUM = Path("/usr/bin/chromium")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """Debian's Chromium, driven by playwright; nothing is downloaded."""
+    """Debian's Chromium, driven by playwright; nothing is downloaded.
+
+    Of a module, for while it is there asyncio has a running loop in this thread, and no fetcher can start one.
+    """
     if not CHROMIUM.exists():
         pytest.skip(f"there is no {CHROMIUM}: apt-get install chromium")
     from playwright.sync_api import sync_playwright

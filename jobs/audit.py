@@ -1,4 +1,4 @@
-"""What reviews say of a scan's recall: ``python -m jobs.audit --output OUT --run-id ID --reviews FILE``."""
+"""What reviews say of a scan's recall: ``python -m jobs.audit --output OUT --run-id ID``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline import commit
 from pipeline.audit import audit, audit_table, thresholds_table
+from pipeline.decisions import read_standing
 from pipeline.errors import RunError, UsageError
 from pipeline.reviews import read_evidence, read_reviews
 from pipeline.sink import table_bytes
@@ -27,8 +28,9 @@ class JobConfig:
     """The output of the scans: an s3:// prefix or a folder."""
     run_id: tuple[str, ...]
     """Complete runs, taken together: a week of nights sees what one night cannot."""
-    reviews: str
-    """Parquet file with image_id, category, label (1 violating, 0 not): reviewed rows of flagged/ and audit/."""
+    reviews: str | None = None
+    """Parquet file with image_id, category, label (1 violating, 0 not): reviewed rows of flagged/ and audit/. Default:
+    what stands of the decisions that jobs.review has kept in the output."""
     endpoint_url: str | None = None
     """Address of an S3-compatible server; without it AWS is meant."""
     recall_bound: float | None = None
@@ -54,7 +56,7 @@ def run(config: JobConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
     with storage_errors_as_usage():
         store = Store(config.output, config.endpoint_url, patience=READ_PATIENCE)
-        labels = read_reviews(config.reviews, config.endpoint_url)
+        labels = read_reviews(config.reviews, config.endpoint_url) if config.reviews else read_standing(store)
         evidence = read_evidence(store, config.run_id, labels)
         result = audit(evidence, config.recall_bound, config.confidence)
         commit.write_json(store, commit.audit_key(config.run_id[0]), result.to_json())

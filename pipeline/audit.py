@@ -91,7 +91,7 @@ def audit(evidence: Evidence, recall_bound: float | None, confidence: float) -> 
         estimates=estimates,
         canaries=canaries,
         checks=tuple(checks),
-        notes=tuple(_notes(samples, estimates, checks, confidence)),
+        notes=tuple(_notes(samples, estimates, checks, confidence, evidence.unsure)),
         thresholds=at_thresholds(evidence, confidence),
     )
 
@@ -126,9 +126,14 @@ def _checks(
 
 
 def _notes(
-    samples: dict[str, Reviewed], estimates: dict[str, Estimate], checks: list[Check], confidence: float
+    samples: dict[str, Reviewed], estimates: dict[str, Estimate], checks: list[Check], confidence: float, unsure: int
 ) -> list[str]:
     notes = []
+    if unsure:
+        notes.append(
+            f"{unsure:,} images were reviewed and left unsure: they count as not reviewed, although they are no random "
+            "part; a second opinion settles them (jobs.review --kind second)"
+        )
     for name, found in estimates.items():
         if found.flagged_reviewed < found.flagged:
             notes.append(

@@ -25,7 +25,7 @@ from pipeline.calibration import highest_keeping
 from pipeline.cluster import ray_session
 from pipeline.device import accelerator
 from pipeline.errors import RunError, UsageError
-from pipeline.examples import UNKNOWN, LabelledPictures, read_known
+from pipeline.examples import UNKNOWN, LabelledPictures, is_reviews, read_known
 from pipeline.fit import read_pixels
 from pipeline.machine import describe_machine, describe_versions
 from pipeline.plan import Actors, Pool
@@ -55,8 +55,8 @@ class CalibrateConfig:
     models: tuple[str, ...]
     """Candidate nets, NAME or NAME@PIXELS for another input size than the card's: a net of the zoo or a card's path."""
     search_labels: tuple[str, ...] = ()
-    """More labelled pictures that may be a biased sample, as reviews of flagged ones are: the search learns from them,
-    nothing is certified on them."""
+    """More labelled pictures that may be a biased sample, as reviews of flagged ones are (``OUT/reviews`` for
+    what stands in an output): the search learns from them, nothing is certified on them."""
     categories: tuple[str, ...] = ()
     """What to look for; default: what all candidates score."""
     output: str = "scores.parquet"
@@ -90,6 +90,10 @@ class CalibrateConfig:
         check_endpoint(self.endpoint_url)
         if self.gpu:
             accelerator()  # or a misspelt one would be found when labels have been read
+        for source in filter(is_reviews, self.labels):
+            raise UsageError(
+                f"labels {source}: reviews are a biased sample, and certify nothing; give them as --search-labels"
+            )
         if not 0.1 <= self.search_share <= 0.9:
             raise UsageError(f"search share is {self.search_share:g}, but both halves need at least a tenth")
         for name in ("redraws", "passes", "companions"):

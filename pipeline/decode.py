@@ -54,14 +54,17 @@ class Decoder:
     """``windows -> windows``: pixels at one size for every undecided image that has a payload.
 
     A few files are with the child at a time, so that it never waits for the next one. ``banks``: hash matches that
-    decide before any net does.
+    decide before any net does. ``as_shown``: images get the width and height of the upright picture.
     """
 
-    def __init__(self, operator: str, side: int, limits: Preparation, banks: Banks | None = None) -> None:
+    def __init__(
+        self, operator: str, side: int, limits: Preparation, banks: Banks | None = None, *, as_shown: bool = False
+    ) -> None:
         self.operator = operator
         self.side = side
         self.limits = limits
         self.banks = banks
+        self.as_shown = as_shown
         self.child: _Child | None = None
         self.timeouts, self.hung = 0, 0.0
 
@@ -151,7 +154,7 @@ class Decoder:
 
     def _fresh_child(self) -> _Child:
         if self.child is None:
-            self.child = _Child(self.side, self.limits, hashed=self.banks is not None)
+            self.child = _Child(self.side, self.limits, hashed=self.banks is not None, as_shown=self.as_shown)
         return self.child
 
     def _deadline(self) -> float:
@@ -174,7 +177,7 @@ class Decoder:
 class _Child:
     """A decoder process. Files and pixels pass through shared memory, requests and answers through a socket."""
 
-    def __init__(self, side: int, limits: Preparation, *, hashed: bool) -> None:
+    def __init__(self, side: int, limits: Preparation, *, hashed: bool, as_shown: bool) -> None:
         ours, theirs = socket.socketpair()
         capacity = limits.max_megabytes * 1_000_000
         with _shared_memory() as shared, theirs:
@@ -188,6 +191,7 @@ class _Child:
                 "max_pixels": limits.max_megapixels * 1_000_000,
                 "max_frames": limits.max_frames,
                 "hashed": hashed,
+                "as_shown": as_shown,
             }
             self.arena = Arena(shared.fileno(), side, capacity)
             root = str(Path(pipeline.decode_child.__file__).parents[1])

@@ -57,7 +57,9 @@ class Arena:
         return self.memory[start : start + length]
 
 
-def serve(connection: Connection, arena: Arena, side: int, max_pixels: int, max_frames: int, *, hashed: bool) -> None:
+def serve(
+    connection: Connection, arena: Arena, side: int, max_pixels: int, max_frames: int, *, hashed: bool, as_shown: bool
+) -> None:
     """Answers each file with [format, width, height, hash, quality] or [code, detail] until the parent hangs up.
 
     Without a hash asked for it is empty. Answers are JSON: the parent must never unpickle what a subverted decoder
@@ -70,7 +72,8 @@ def serve(connection: Connection, arena: Arena, side: int, max_pixels: int, max_
         except EOFError:
             return
         try:
-            picture = decode_picture(arena.get(slot, length), side, max_pixels, max_frames, hashed=hashed)
+            payload = arena.get(slot, length)
+            picture = decode_picture(payload, side, max_pixels, max_frames, hashed=hashed, as_shown=as_shown)
         except PictureError as error:
             connection.send_bytes(json.dumps([error.code, error.detail]).encode())
             continue
@@ -99,7 +102,7 @@ def main() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_STDERR_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + told["memory"],) * 2)
-    limits = {name: told[name] for name in ("side", "max_pixels", "max_frames", "hashed")}
+    limits = {name: told[name] for name in ("side", "max_pixels", "max_frames", "hashed", "as_shown")}
     serve(Connection(told["connection"]), arena, **limits)
 
 

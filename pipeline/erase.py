@@ -1,4 +1,5 @@
-"""Takes an object out of everything that complete runs keep of it: tables, manifests, records, reports.
+"""Takes an object out of everything that complete runs and reviewers keep of it: tables, manifests, records, reports,
+decisions.
 
 One of the two exceptions to "a complete run never changes"; the other is ``compact.py``. A log below ``erasures/``
 says which files are rewritten and by how many rows, and not which object it is about.
@@ -19,7 +20,9 @@ import pyarrow.parquet as pq
 from pipeline import commit
 from pipeline.compact import unnamed_files
 from pipeline.contents import CONTENTS_FILE
+from pipeline.decisions import read_decisions, read_each, review_files
 from pipeline.errors import RunError, UsageError
+from pipeline.leases import LEASES, image_of
 from pipeline.plan import parse_plan
 from pipeline.report import write_report
 from pipeline.sink import table_bytes
@@ -55,6 +58,8 @@ class Rewritten:
     sha256: str | None = None
     """Of the file without them; None for what is made from the tables."""
     uris: frozenset[str] = field(default=frozenset(), repr=False)
+    images: frozenset[str] = field(default=frozenset(), repr=False)
+    """Of the rows that go."""
 
 
 def erase(store: Store, subject: Subject, *, dry_run: bool) -> list[Rewritten]:
@@ -73,7 +78,8 @@ def erase(store: Store, subject: Subject, *, dry_run: bool) -> list[Rewritten]:
     known = _digests_of_erasures(store)
     versions = {run: store.read_version(commit.record_key(run))[1] for run in sorted(complete)}
     changes = {run: _changes_in_run(store, run, subject, known) for run in versions}
-    rewritten = [change for found in changes.values() for change in found]
+    reviews = _changes_in_reviews(store, subject)
+    rewritten = [*(change for found in changes.values() for change in found), *reviews]
     if rewritten and not dry_run:
         # The log first: with it an erasure that stops half-way is known, and its files' new digests are.
         _log(store, rewritten)
@@ -83,7 +89,30 @@ def erase(store: Store, subject: Subject, *, dry_run: bool) -> list[Rewritten]:
                     _rewrite(store, run, found, subject, versions[run])
                 except FileNotFoundError as error:
                     raise _changed_meanwhile(run) from error
+        for change in reviews:
+            _rewrite_reviews(store, change, subject)
+        images = {*subject.image_ids, *(image for change in rewritten for image in change.images)}
+        store.delete([key for key in store.sizes(LEASES) if image_of(key) in images])
     return rewritten
+
+
+def _changes_in_reviews(store: Store, subject: Subject) -> list[Rewritten]:
+    found = []
+    for key, decisions in read_each(store, review_files(store)):
+        gone = decisions.filter(subject.rows(decisions))
+        if gone.num_rows:
+            found.append(Rewritten(path=key, rows=gone.num_rows, images=frozenset(gone["image_id"].to_pylist())))
+    return found
+
+
+def _rewrite_reviews(store: Store, change: Rewritten, subject: Subject) -> None:
+    """The page writes a file for each decision, of which nothing is left then."""
+    decisions = read_decisions(store, [change.path])
+    kept = decisions.filter(pc.invert(subject.rows(decisions)))
+    if kept.num_rows:
+        store.write(change.path, table_bytes(kept))
+    else:
+        store.delete([change.path])
 
 
 def _changes_in_run(store: Store, run: str, subject: Subject, known: set[str]) -> list[Rewritten]:
@@ -111,7 +140,9 @@ def _change(path: str, body: bytes, subject: Subject) -> list[Rewritten]:
     if not gone.num_rows:
         return []
     uris = frozenset(gone[_uri_column(table)].to_pylist())
-    return [Rewritten(path=path, rows=gone.num_rows, sha256=digest(_without(path, table, subject)), uris=uris)]
+    images = frozenset(gone["image_id"].to_pylist())
+    sha256 = digest(_without(path, table, subject))
+    return [Rewritten(path=path, rows=gone.num_rows, sha256=sha256, uris=uris, images=images)]
 
 
 def _table(body: bytes) -> pa.Table:

@@ -12,13 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.decisions import FOLDER, read_decisions, review_files, source_labels
 from pipeline.decode import Decoder
 from pipeline.errors import UsageError
 from pipeline.fetch import Fetcher
 from pipeline.plan import Preparation
 from pipeline.schema import LABELS
 from pipeline.source import DEFAULT_EXCLUDE, list_source
-from pipeline.storage import parse_uri, read_object, reason
+from pipeline.storage import READ_PATIENCE, parse_uri, read_object, reason
+from pipeline.store import Store
 from pipeline.window import Image, Window
 
 
@@ -34,6 +36,26 @@ def read_labels(uri: str, endpoint_url: str | None = None) -> pa.Table:
     values = set(pc.unique(table["label"]).to_pylist())
     if not values <= {0, 1}:
         raise UsageError(f"labels {uri}: labels are {sorted(values, key=str)}, but only 0 and 1 are labels")
+    return table
+
+
+def is_reviews(source: str) -> bool:
+    """Whether a source of labels is the ``reviews/`` of an output, that is what people decided on the review page."""
+    return source.rstrip("/").rpartition("/")[2] == FOLDER
+
+
+def read_reviewed(uri: str, categories: tuple[str, ...], endpoint_url: str | None = None) -> pa.Table:
+    """What stands of the decisions below an output's ``reviews/``, as labels of these categories.
+
+    Raises UsageError when there are none.
+    """
+    store = Store(uri.rstrip("/").rpartition("/")[0] or ".", endpoint_url, patience=READ_PATIENCE)
+    table = source_labels(read_decisions(store, review_files(store)))
+    table = table.filter(pc.is_in(table["category"], pa.array(categories, pa.string())))
+    if not table.num_rows:
+        raise UsageError(
+            f"labels {uri}: no decision in it gives a label of {list(categories)}; review with jobs.review first"
+        )
     return table
 
 
@@ -93,6 +115,8 @@ def read_known(
     tables = [
         read_labels(source, endpoint_url)
         if source.endswith(".parquet")
+        else read_reviewed(source, categories, endpoint_url)
+        if is_reviews(source)
         else label_folder(source, categories, endpoint_url)
         for source in sources
     ]

@@ -31,6 +31,7 @@ EIGHTH_OVERSAMPLING = 2.0
 # A hash match wants more pixels than small nets: at this side a hash is within 8 bits of that of a full decode.
 HASH_SIDE = 512
 ORIENTATION_TAG = 0x0112
+ON_ITS_SIDE = (5, 6, 7, 8)
 # What Pillow's plugins raise on broken files.
 BROKEN_FILE = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, NotImplementedError,
@@ -49,7 +50,7 @@ class PictureError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """``pixels``: uint8 (side, side, 3), RGB. ``width``, ``height``: as stored, before EXIF rotation."""
+    """``pixels``: uint8 (side, side, 3), RGB. ``width``, ``height``: as stored, before EXIF rotation, or as shown."""
 
     pixels: np.ndarray
     format: str
@@ -60,11 +61,18 @@ class Picture:
 
 
 def decode_picture(
-    payload: bytes, side: int, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES, *, hashed: bool = False
+    payload: bytes,
+    side: int,
+    max_pixels: int = MAX_PIXELS,
+    max_frames: int = MAX_FRAMES,
+    *,
+    hashed: bool = False,
+    as_shown: bool = False,
 ) -> Picture:
     """Decodes the first frame, upright, on white where transparent; ``hashed``: with its PDQ hash.
 
-    Raises PictureError.
+    ``as_shown``: width and height are those of the upright picture, for whoever gives it its shape again. Raises
+    PictureError.
     """
     if not payload:
         raise PictureError("empty", "the object has no bytes")
@@ -81,6 +89,8 @@ def decode_picture(
             if frames > max_frames:
                 raise PictureError("too_many_frames", f"{frames:,} frames are over the limit of {max_frames:,}")
             pixels, pdq = _render(image, side, hashed=hashed)
+            if as_shown and image.getexif().get(ORIENTATION_TAG, 1) in ON_ITS_SIDE:
+                width, height = height, width
         except MemoryError as error:
             detail = f"{width} x {height} needs more memory than a decoder may take"
             raise PictureError("decode_memory", detail) from error

@@ -33,6 +33,7 @@ from pipeline.plan import Plan
 from pipeline.storage import parse_uri, read_object, reason
 from pipeline.store import Store
 from pipeline.thresholds import AUDITED, SCORES, OtherThresholds
+from pipeline.visible import visible
 from pipeline.window import KNOWN_CONTENT, Image, Window
 
 TOP_FLAGGED = 100
@@ -219,10 +220,8 @@ def _environment() -> Environment:
 
 
 def _visible(value: Any) -> Any:
-    """Control characters and marks that turn the direction of text, as escapes: a name must not look like another."""
-    if type(value) is not str or value.isprintable():
-        return value
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in value)
+    """A name must not look like another."""
+    return visible(value) if type(value) is str else value
 
 
 def _number(value: float) -> str:

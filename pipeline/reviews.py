@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import commit, schema
+from pipeline.decisions import Standing
 from pipeline.errors import UsageError
 from pipeline.estimate import NOT_REVIEWED, Reviewed
 from pipeline.schema import ALL
@@ -53,6 +54,8 @@ class Evidence:
     flagged: list[dict[str, Any]] = field(repr=False)
     audited: list[dict[str, Any]] = field(repr=False)
     labels: dict[tuple[str, str], int] = field(repr=False)
+    unsure: int = 0
+    """Images of these that people have looked at, of which what they said gives no label."""
 
     def of_category(self, category: str) -> Reviewed:
         """Flagged rows of a category; violating in it or not. What is flagged as something else is not missed."""
@@ -129,8 +132,12 @@ class Evidence:
         return pa.Table.from_pylist(rows, schema.LABELS)
 
 
-def read_evidence(store: Store, run_ids: tuple[str, ...], labels: dict[tuple[str, str], int]) -> Evidence:
-    """Reads the tables of complete runs by digest. Raises UsageError when they and the reviews do not fit."""
+def read_evidence(store: Store, run_ids: tuple[str, ...], labels: dict[tuple[str, str], int] | Standing) -> Evidence:
+    """Reads the tables of complete runs by digest. Raises UsageError when they and the reviews do not fit.
+
+    Labels of a file must be of these runs. What stands in an output is of all its runs, so of that these take their
+    own.
+    """
     records = [_read_record(store, run_id) for run_id in run_ids]
     first = records[0]
     for record in records:
@@ -139,15 +146,27 @@ def read_evidence(store: Store, run_ids: tuple[str, ...], labels: dict[tuple[str
                 f"run {record['run_id']!r} looked for {record['plan']['categories']}, run {first['run_id']!r} for "
                 f"{first['plan']['categories']}: audit them apart"
             )
+    categories = tuple(first["plan"]["categories"])
+    flagged = [row for record in records for row in _rows(store, record, "flagged", FLAGGED_COLUMNS)]
+    audited = [row for record in records for row in _rows(store, record, "audit", AUDIT_COLUMNS)]
+    unsure = 0
+    if isinstance(labels, Standing):
+        asked = {row["image_id"] for row in (*flagged, *audited)}
+        unsure = len(asked & labels.unsure)
+        labels = _own(labels.labels, asked, categories)
     evidence = Evidence(
-        records=records,
-        categories=tuple(first["plan"]["categories"]),
-        flagged=[row for record in records for row in _rows(store, record, "flagged", FLAGGED_COLUMNS)],
-        audited=[row for record in records for row in _rows(store, record, "audit", AUDIT_COLUMNS)],
-        labels=labels,
+        records=records, categories=categories, flagged=flagged, audited=audited, labels=labels, unsure=unsure
     )
     evidence.check()
     return evidence
+
+
+def _own(
+    labels: dict[tuple[str, str], int], asked: set[str], categories: tuple[str, ...]
+) -> dict[tuple[str, str], int]:
+    """Labels of images that these runs ask about, where there is one for every category."""
+    whole = [image for image in asked if all((image, category) in labels for category in categories)]
+    return {(image, category): labels[image, category] for image in whole for category in categories}
 
 
 def _read_record(store: Store, run_id: str) -> dict[str, Any]:

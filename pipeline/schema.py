@@ -33,6 +33,25 @@ REVIEWS = pa.schema(
     ]
 )
 
+# What people said of images on the review page, below ``reviews/``: a row for each category that was asked for.
+DECISIONS = pa.schema(
+    [
+        ("decision_id", pa.string()),  # 32 hexadecimal digits; the same in all rows of one decision
+        ("kind", pa.string()),  # first, second or appeal
+        ("reviewer", pa.string()),  # as the page was started with
+        ("decided_at", TIMESTAMP),
+        ("run_id", pa.string()),  # whose tables brought the image into the queue
+        ("image_id", pa.string()),
+        ("source_uri", pa.string()),
+        ("category", pa.string()),
+        ("decision", pa.string()),  # violating, not violating, unsure, not seen or withdrawn
+        ("label", pa.int8()),  # 1 violating, 0 not violating; null otherwise
+        ("revealed", pa.bool_()),  # whether the picture had been shown without its blur
+        ("sha256", pa.string()),  # of the bytes that were shown: null where there were none to show
+        ("withdraws", pa.string()),  # the decision that is taken back: null unless withdrawn
+    ]
+)
+
 MANIFEST = pa.schema(
     [
         ("uri", pa.string()),

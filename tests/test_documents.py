@@ -57,6 +57,7 @@ QUICK = (
     "docs/runbook.md",
     "docs/deploy/observe.md",
     "docs/tables.md",
+    "docs/review.md",
 )
 """Pages that are run from top to bottom, in this order, beside one store: each finds what those before it have left."""
 SLOW = ("docs/getting-started.md",)
@@ -84,6 +85,8 @@ NOT_RUN = {
     "kubectl create configmap dorfman-rayjob --from-file=rayjob.yaml=kuberay-rayjob.yaml": CLUSTER,
     "kubectl apply -f kuberay-cronjob.yaml": CLUSTER + ": tests/test_deploy.py checks the file",
     "pip install 'dorfman[iceberg]'": "needs a registry",
+    ".venv/bin/python -m jobs.review --output s3://my-results/dorfman --reviewer ann":
+        "serves until somebody ends it: tests/test_review_page.py does what reviewers do",
     ".venv/bin/python -m jobs.calibrate --labels s3://my-labels/labels.parquet --models my-nets/mini.json "
     "my-nets/weapon-group.json my-nets/weapon-single.json my-nets/weapon-single.json@160 --categories weapon "
     "--output scores.parquet": TRAINING,

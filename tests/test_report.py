@@ -300,6 +300,47 @@ def test_page_asks_nothing_of_the_network(render: Render, tmp_path: Path) -> Non
     assert not re.search(r"https?://|url\(|@import", page.source)
 
 
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_in_a_browser_hostile_names_do_nothing_and_nothing_is_asked_for(
+    render: Render, tmp_path: Path, chromium: Any, width: int, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, size = _write_picture(tmp_path / "a.png")
+    here = report.read_object
+
+    def refuse(location: Location, endpoint_url: str | None) -> bytes:
+        if location.bucket:
+            raise OSError(f"cannot read {location.uri}")
+        return here(location, endpoint_url)
+
+    monkeypatch.setattr(report, "read_object", refuse)
+    rows = [*HOSTILE_ROWS, flagged(9, uri, 0.5, size)]
+    render([rows], thumbnails=True, source="s3://<img src=x onerror=alert(1)>/", operators=[], errors={})
+    context = chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    trouble: list[str] = []
+    address = (tmp_path / "out" / "runs" / "night-1" / "report.html").as_uri()
+    page.on("request", lambda sent: sent.url.startswith((address, "data:")) or trouble.append(sent.url))
+    page.on("console", lambda line: trouble.append(line.text))
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
+    page.goto(address)
+    # Text as a reader sees it: names are there letter by letter, and made no element.
+    text = page.inner_text("body")
+    assert all(name in text for name in SHOWN) and "<img src=x onerror=alert(1)>" in text
+    assert page.locator("script, iframe, object, embed, a, form, img:not([src^='data:image/jpeg'])").count() == 0
+    assert page.eval_on_selector("img", "picture => picture.naturalWidth") == 128
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # A name that had become a script could not run: the page's own policy stops it.
+    trouble_before = list(trouble)
+    page.evaluate(
+        "() => { const script = document.createElement('script'); script.textContent = 'window.ran = true';"
+        "document.body.append(script); }"
+    )
+    assert page.evaluate("window.ran") is None
+    context.close()
+    assert trouble_before == []
+
+
 def _write_picture(path: Path) -> tuple[str, int]:
     Image.new("RGB", (300, 200), (200, 30, 30)).save(path)
     return Location(None, str(path)).uri, path.stat().st_size

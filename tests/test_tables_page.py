@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from uuid import uuid4
 
 import duckdb
 import pandas as pd
@@ -16,6 +17,9 @@ from sqlglot import exp
 
 from jobs import query
 from pipeline import schema
+from pipeline.decisions import write_decision
+from pipeline.review_log import rows_of
+from pipeline.review_queue import read_queue
 from pipeline.store import Store
 from pipeline.tables import RUNS, open_tables, sql_session, with_scan_date
 from tests.conftest import QUICK, small_plan
@@ -49,7 +53,20 @@ def folder(tmp_path_factory) -> Path:
     scan_by_hand(source, store.name, plan, "mon", lambda name: special.get(name, "cleared"), shard_size=16)
     (source / "5.jpg").unlink()
     scan_by_hand(source, store.name, plan, "tue", lambda name: special.get(name, "cleared"), shard_size=16)
+    for kind, reviewer, answer in (("first", "ann", "violating"), ("second", "bob", "not violating")):
+        write_decision(store, decision_on(store, "3.jpg", kind, reviewer, answer))
     return folder
+
+
+def decision_on(store: Store, name: str, kind: str, reviewer: str, answer: str) -> list[dict]:
+    """Rows of a decision on an image of the run on Monday."""
+    (item,) = [item for item in read_queue(store, ("mon",)).items if item.uri.endswith(f"/{name}")]
+    about = {"run_id": item.run_id, "image_id": item.image_id, "source_uri": item.uri}
+    violating = item.categories if answer == "violating" else ()
+    return rows_of(
+        decision_id=uuid4().hex, kind=kind, reviewer=reviewer, item_rows=about, categories=item.categories,
+        answer=answer, violating=violating, revealed=True, sha256="0" * 64,
+    )  # fmt: skip
 
 
 def documented(name: str) -> list[list[str]]:
@@ -80,9 +97,9 @@ def of_view(folder: Path, name: str) -> pa.Schema:
         return session.sql(f"FROM {name}").to_arrow_table().schema
 
 
-@pytest.mark.parametrize("name", [*schema.TABLES, "runs", "per_image"])
+@pytest.mark.parametrize("name", [*schema.TABLES, "runs", "per_image", "reviews"])
 def test_columns_and_types_on_the_page_are_those_of_the_schema(folder, name):
-    if name == "per_image":
+    if name in ("per_image", "reviews"):
         expected = columns(of_view(folder, name))
     else:
         expected = columns(RUNS if name == "runs" else with_scan_date(name))
@@ -92,7 +109,7 @@ def test_columns_and_types_on_the_page_are_those_of_the_schema(folder, name):
 
 def test_what_the_page_says_is_never_null_is_never_null(folder):
     with sql_session(open_tables(Store(str(folder / "out")))) as session:
-        for name in (*schema.TABLES, "runs", "per_image"):
+        for name in (*schema.TABLES, "runs", "per_image", "reviews"):
             # Hand-made rows leave out what views do not ask for.
             rows = session.sql(f"FROM {name}" + (" WHERE run_id IN ('mon', 'tue')" if name != "per_image" else ""))
             table = rows.to_arrow_table()
@@ -117,7 +134,9 @@ def test_views_of_findings_and_of_the_newest_nights_have_the_columns_of_their_ta
 def test_queries_of_the_views_run(folder):
     with sql_session(open_tables(Store(str(folder / "out")))) as session:
         answers = [session.execute(sql).fetchall() for sql in blocks("sql", "views")]
-    gone, tests, nights = answers
+    joined, gone, tests, nights = answers
+    decided = [(row[0].rsplit("/", 1)[1], *row[3:]) for row in joined if row[3]]
+    assert decided == [("3.jpg", "not violating", "second", "bob")] * 2 and len(joined) == 4
     assert [(row[0].rsplit("/", 1)[1], row[1], row[2]) for row in gone] == [("5.jpg", ["automobile"], "mon")]
     assert [(row[0].rsplit("/", 1)[1], row[2], row[4]) for row in tests] == [("3.jpg", "tree", 1)]
     assert sum(row[2] for row in nights) == 2 + 1 + 40 + 39

@@ -1,0 +1,82 @@
+"""A page on which people decide on what was flagged: ``python -m jobs.review --output OUT --reviewer NAME``."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+
+from jobs.cli import run_job
+from pipeline.errors import UsageError
+from pipeline.review_desk import Desk, check_reviewer
+from pipeline.review_picture import Pictures
+from pipeline.review_queue import newest_run, read_names, read_queue
+from pipeline.review_server import serve
+from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
+from pipeline.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Serves a review page on 127.0.0.1 until it is interrupted: what runs flagged, and their audit sample among it.
+
+    Decisions are added below reviews/ in the output; jobs.audit and jobs.calibrate read them there. docs/review.md
+    explains the page. Exit codes: 0 ended by its user, 2 wrong usage or output.
+    """
+
+    output: str
+    """The output of the scans: an s3:// prefix or a folder."""
+    reviewer: str
+    """Name that your decisions carry. Give each person one of their own."""
+    run_id: tuple[str, ...] = ()
+    """Complete runs to review together. Default: the newest."""
+    kind: Literal["first", "second", "appeal"] = "first"
+    """first: blind to what the nets said; second: opinions on what others decided; appeal: what --appeals names."""
+    appeals: str | None = None
+    """Text file with the uris or image ids that somebody appealed about, one a line."""
+    order: Literal["priority", "random"] = "priority"
+    """priority: highest scores first; random: by lot, for when not all of it will be reviewed."""
+    port: int = 0
+    """Port to listen on. Default: any that is free."""
+    endpoint_url: str | None = None
+    """Address of an S3-compatible server; without it AWS is meant."""
+    kms_key: str | None = None
+    """Key in AWS KMS (id or ARN) that encrypts decisions. Default: as the bucket is set up."""
+
+    def __post_init__(self) -> None:
+        check_endpoint(self.endpoint_url)
+        check_reviewer(self.reviewer)
+        if (self.kind == "appeal") != (self.appeals is not None):
+            raise UsageError("appeals are reviewed with both --kind appeal and --appeals FILE")
+        if len(set(self.run_id)) < len(self.run_id):
+            raise UsageError(f"run ids are {list(self.run_id)}: give each run once")
+        if not 0 <= self.port < 65536:
+            raise UsageError(f"port is {self.port}, but it must lie between 0 and 65535")
+
+
+def run(config: JobConfig) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    with storage_errors_as_usage():
+        store = Store(config.output, config.endpoint_url, kms_key=config.kms_key, patience=READ_PATIENCE)
+        queue = read_queue(store, config.run_id or (newest_run(store),), config.order)
+        appealed = read_names(config.appeals, config.endpoint_url) if config.appeals else None
+        pictures = Pictures(queue.limits, config.endpoint_url)
+        desk = Desk(store, queue, pictures, kind=config.kind, reviewer=config.reviewer, appealed=appealed)
+        desk.leases.sweep()
+    progress = desk.progress()
+
+    def started(address: str) -> None:
+        console.print(
+            f"{', '.join(queue.run_ids)}: {progress['total']:,} images to review, {progress['done']:,} decided\n"
+            f"open {address}\nThe address lets in whoever has it. Ctrl-C ends the server; decisions are kept.",
+            markup=False,
+        )
+
+    asyncio.run(serve(desk, config.port, started))
+    console.print(f"{len(desk.made):,} decisions of {config.reviewer} are in {store.uri_of('reviews')}", markup=False)
+
+
+if __name__ == "__main__":
+    run_job("jobs.review", JobConfig, run)

@@ -1,0 +1,136 @@
+"""What people decided on the review page: a small Parquet file a decision below ``reviews/``, added and never changed.
+
+    OUT/reviews/review_date=D/<time>-<decision_id>.parquet   a row for each category that was asked for
+    OUT/reviews/_leases/                                     who is looking at what (``leases.py``)
+
+Taking a decision back is a row of its own. Which decision stands is said here and nowhere else (``STANDING``): of
+those on one image and category that were not taken back the newest of the highest kind. Only ``jobs.erase`` takes rows
+out.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import schema
+from pipeline.errors import UsageError
+from pipeline.sink import table_bytes
+from pipeline.storage import reason
+from pipeline.store import Store
+
+FOLDER = "reviews"
+KINDS = ("first", "second", "appeal")
+"""From the lowest up: a decision of a higher kind stands whatever lower ones said, and said later."""
+LABELS = {"violating": 1, "not violating": 0}
+"""Decisions that give a label."""
+JUDGEMENTS = (*LABELS, "unsure")
+"""Decisions on what the picture shows. ``not seen`` is none: there was no picture to look at."""
+ANSWERS = (*JUDGEMENTS, "not seen")
+WITHDRAWN = "withdrawn"
+READERS = 32
+
+_RANKS = " ".join(f"WHEN '{kind}' THEN {rank}" for rank, kind in enumerate(KINDS))
+_JUDGEMENTS = ", ".join(f"'{name}'" for name in JUDGEMENTS)
+
+# All decisions of ``decisions``, each with whether it was taken back, whether it stands, and whether those that count
+# on its image and category differ.
+STANDING = f"""
+WITH marked AS (
+    SELECT d.*, coalesce(w.withdraws IS NOT NULL, false) AS taken_back,
+        w.withdraws IS NULL AND d.decision IN ({_JUDGEMENTS}) AS counts
+    FROM decisions d LEFT JOIN (SELECT DISTINCT withdraws FROM decisions WHERE withdraws IS NOT NULL) w
+        ON w.withdraws = d.decision_id
+)
+SELECT * EXCLUDE (counts),
+    counts AND row_number() OVER (
+        PARTITION BY image_id, category, counts
+        ORDER BY CASE kind {_RANKS} ELSE -1 END DESC, decided_at DESC, decision_id DESC
+    ) = 1 AS stands,
+    coalesce(min(label) FILTER (WHERE counts) OVER images <> max(label) FILTER (WHERE counts) OVER images, false)
+        AS disputed
+FROM marked
+WINDOW images AS (PARTITION BY image_id, category)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What stands. ``unsure``: images by id of which the standing decision in some category gives no label."""
+
+    labels: dict[tuple[str, str], int]
+    """By (image_id, category): 1 violating, 0 not."""
+    unsure: frozenset[str]
+
+
+def review_files(store: Store, day: str | None = None) -> list[str]:
+    """Keys of all decisions, or of those of a day (``YYYY-MM-DD``, UTC)."""
+    below = f"{FOLDER}/review_date={day}" if day else FOLDER
+    return sorted(key for key in store.sizes(below) if key.endswith(".parquet"))
+
+
+def file_key(decision_id: str, decided_at: datetime) -> str:
+    return f"{FOLDER}/review_date={decided_at:%Y-%m-%d}/{decided_at:%H%M%S}-{decision_id}.parquet"
+
+
+def write_decision(store: Store, rows: list[dict[str, Any]]) -> None:
+    """Returns when the rows of one decision are in the store. May be repeated with the same rows."""
+    (decision_id,), (decided_at,) = ({row[name] for row in rows} for name in ("decision_id", "decided_at"))
+    store.create(file_key(decision_id, decided_at), table_bytes(pa.Table.from_pylist(rows, schema.DECISIONS)))
+
+
+def read_decisions(store: Store, keys: Iterable[str]) -> pa.Table:
+    """The rows of these files, without those of files that are gone. Raises UsageError for one that is no review."""
+    return pa.concat_tables([schema.DECISIONS.empty_table(), *(table for _, table in read_each(store, keys))])
+
+
+def read_each(store: Store, keys: Iterable[str]) -> Iterator[tuple[str, pa.Table]]:
+    """The same file by file, many requests in flight."""
+    wanted = list(keys)
+    with ThreadPoolExecutor(READERS) as readers:
+        yield from zip(wanted, readers.map(lambda key: _read(store, key), wanted), strict=True)
+
+
+def _read(store: Store, key: str) -> pa.Table:
+    try:
+        # One after the other within a thread: that many small files are slower with Arrow's threads on top.
+        body = io.BytesIO(store.read(key))
+        return pq.read_table(body, use_threads=False).select(schema.DECISIONS.names).cast(schema.DECISIONS)
+    except FileNotFoundError:
+        return schema.DECISIONS.empty_table()  # erased since it was listed
+    except (KeyError, ValueError, pa.ArrowException) as error:
+        raise UsageError(f"{store.uri_of(key)} is no file of reviews: {reason(error)}; take it away") from error
+
+
+def read_standing(store: Store) -> Standing:
+    """What stands of all decisions in an output."""
+    return standing(read_decisions(store, review_files(store)))
+
+
+def standing(decisions: pa.Table) -> Standing:
+    """What stands of ``schema.DECISIONS`` rows."""
+    with duckdb.connect() as connection:
+        connection.register("decisions", decisions)
+        found = connection.execute(f"SELECT image_id, category, label FROM ({STANDING}) WHERE stands").fetchall()
+    return Standing(
+        labels={(image, category): label for image, category, label in found if label is not None},
+        unsure=frozenset(image for image, _, label in found if label is None),
+    )
+
+
+def source_labels(decisions: pa.Table) -> pa.Table:
+    """What stands as ``schema.LABELS``; without objects that have several labels in several versions."""
+    with duckdb.connect() as connection:
+        connection.register("decisions", decisions)
+        answer = connection.sql(
+            f"SELECT source_uri AS uri, category, min(label) AS label FROM ({STANDING}) WHERE stands "
+            "GROUP BY ALL HAVING min(label) = max(label) AND count(label) = count(*) ORDER BY ALL"
+        )
+        return answer.to_arrow_table().cast(schema.LABELS)

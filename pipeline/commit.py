@@ -35,9 +35,9 @@ import pyarrow.parquet as pq
 from pipeline import schema
 from pipeline.codes import OUTAGE
 from pipeline.errors import RunError, UsageError
+from pipeline.manifest import Shard
 from pipeline.merge import GROUP_ROWS, in_order, write_ledger
 from pipeline.sink import table_bytes
-from pipeline.source import Shard
 from pipeline.store import Store, digest
 from pipeline.tally import Tally
 from pipeline.window import UNCHANGED

@@ -28,13 +28,13 @@ from pipeline.fetch import Fetcher
 from pipeline.flow import Destination, pools, stream, window_refs
 from pipeline.heartbeat import Heartbeat
 from pipeline.limits import Budget, Limits
+from pipeline.manifest import Shard
 from pipeline.nets import Models
 from pipeline.plan import Plan
 from pipeline.policy import frozen_policy
 from pipeline.prices import Meter, cost_of, resources
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
-from pipeline.source import Shard
 from pipeline.storage import redact
 from pipeline.store import Store
 from pipeline.tally import relative_cost, stage_rows

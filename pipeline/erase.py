@@ -20,10 +20,10 @@ from pipeline import commit
 from pipeline.compact import unnamed_files
 from pipeline.contents import CONTENTS_FILE
 from pipeline.errors import RunError, UsageError
+from pipeline.manifest import manifest_bytes
 from pipeline.plan import parse_plan
 from pipeline.report import write_report
 from pipeline.sink import table_bytes
-from pipeline.source import manifest_bytes
 from pipeline.store import Store, digest
 
 

@@ -30,6 +30,7 @@ from pipeline.fetch import Fetcher
 from pipeline.gates import FALSE_ALARMS
 from pipeline.increment import Earlier
 from pipeline.limits import Limits
+from pipeline.manifest import Manifest, build_manifest
 from pipeline.nets import Models, check_models
 from pipeline.plan import Plan, load_plan
 from pipeline.policy import read_policy
@@ -37,7 +38,7 @@ from pipeline.preflight import check_apart, check_output, check_outside, check_r
 from pipeline.prices import read_prices
 from pipeline.report import write_report
 from pipeline.retry import list_failed, read_parent
-from pipeline.source import DEFAULT_EXCLUDE, Manifest, build_manifest, list_source
+from pipeline.source import DEFAULT_EXCLUDE, list_source
 from pipeline.storage import check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
 

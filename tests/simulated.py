@@ -16,8 +16,8 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.calibrate import CalibrateConfig, screen_thresholds
 from pipeline.calibration import Prevalence
+from pipeline.routes import Route
 from pipeline.scores import Arrangement, Candidate, Scores, to_logits, to_scores
-from pipeline.search import Route
 
 LENGTH = 16
 COMPANIONS = CalibrateConfig.companions

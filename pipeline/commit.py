@@ -21,7 +21,7 @@ import io
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,15 +85,11 @@ def report_key(run_id: str) -> str:
 
 def complete_runs(store: Store) -> list[str]:
     """Names of the runs that have a record: it is written last, so theirs are the tables that count."""
-    return _recorded(store.sizes("runs"))
+    return recorded(store.sizes("runs"))
 
 
-def newest_runs(found: Mapping[str, tuple[int, datetime]]) -> list[str]:
-    """The same, those first whose record was written last. ``found``: what ``store.objects`` has below ``runs``."""
-    return sorted(_recorded(found), key=lambda run_id: found[record_key(run_id)][1], reverse=True)
-
-
-def _recorded(found: Iterable[str]) -> list[str]:
+def recorded(found: Iterable[str]) -> list[str]:
+    """The same, of the keys below ``runs``."""
     keys = (key for key in found if key.count("/") == 1 and key.endswith(".json"))
     return sorted(key.removeprefix("runs/").removesuffix(".json") for key in keys)
 

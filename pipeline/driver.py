@@ -35,6 +35,7 @@ from pipeline.policy import frozen_policy
 from pipeline.prices import Meter, cost_of, resources
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
+from pipeline.records import PastRuns
 from pipeline.storage import redact
 from pipeline.store import Store
 from pipeline.tally import relative_cost, stage_rows
@@ -70,8 +71,10 @@ class Driver:
         alarms: float | None = None,
         fetcher: Callable[..., Fetcher] = Fetcher,
         prices: dict[str, Any] | None = None,
+        past: PastRuns | None = None,
     ) -> None:
         self.store = store
+        self.past = past or PastRuns(store)
         self.endpoint_url = endpoint_url
         self.run_id = run_id
         self.frozen = frozen
@@ -97,7 +100,7 @@ class Driver:
             self._write_status("running", began)
             startup = self._stream(began, session)
             record = self._record("complete", began, startup, self._judge(labels))
-            record = self.ledger.complete(record | drift(self.store, record, self.alarms))
+            record = self.ledger.complete(record | drift(self.past, record, self.alarms))
             self._ended("suspect" if record.get("suspect") else "complete", record)
             return record
 

@@ -36,6 +36,7 @@ from pipeline.plan import Plan, load_plan
 from pipeline.policy import read_policy
 from pipeline.preflight import check_apart, check_output, check_outside, check_readable
 from pipeline.prices import read_prices
+from pipeline.records import PastRuns
 from pipeline.report import write_report
 from pipeline.retry import list_failed, read_parent
 from pipeline.source import DEFAULT_EXCLUDE, list_source
@@ -171,6 +172,7 @@ def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> d
         frozen = record or commit.read_frozen(store, run_id)
         frozen = frozen or _start(config, store, run_id, plan, models, canaries, policy)
         _check_same_run(frozen, config, run_id, plan, models, canaries, policy)
+    past = PastRuns(store)  # gates and trends look at mostly the same runs
     if record is None:
         with starting_ray(config.metrics_port):
             from pipeline.driver import Driver  # noqa: PLC0415  Ray Data and pandas, while Ray's processes come up
@@ -181,10 +183,11 @@ def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> d
                     "alarms": config.false_alarms if config.gates else None,
                     "fetcher": fetcher,
                     "prices": prices,
+                    "past": past,
                 }
                 driver = Driver(store, run_id, frozen, plan, models, limits=limits, **options)
             record = driver.run(labels, began)
-    finish(store, record, plan, config, labels)
+    finish(store, record, plan, config, labels, past)
     return record
 
 
@@ -326,7 +329,12 @@ def check_accepted(config: ScanConfig, record: dict[str, Any]) -> None:
 
 
 def finish(
-    store: Store, record: dict[str, Any], plan: Plan, config: ScanConfig, labels: pa.Table | None = None
+    store: Store,
+    record: dict[str, Any],
+    plan: Plan,
+    config: ScanConfig,
+    labels: pa.Table | None = None,
+    past: PastRuns | None = None,
 ) -> None:
     """What follows from a complete run's record: its status, its report, and that nobody needs its attempts.
 
@@ -337,7 +345,7 @@ def finish(
         if (commit.read_json(store, commit.status_key(run_id)) or {}).get("status") != "complete":
             commit.write_json(store, commit.status_key(run_id), record)
         if not store.exists(commit.report_key(run_id)):
-            options: dict[str, Any] = {"thumbnails": config.report_thumbnails, "labels": labels}
+            options: dict[str, Any] = {"thumbnails": config.report_thumbnails, "labels": labels, "past": past}
             write_report(store, record, plan, config.endpoint_url, **options)
         commit.sweep_attempts(store, run_id)
     except Exception as error:

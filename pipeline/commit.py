@@ -1,6 +1,7 @@
 """Exactly once: from attempt files to tables, one shard at a time, by whichever driver comes first.
 
     OUT/_state/<run_id>/run.json             what the run is: frozen when it starts
+    OUT/_state/<run_id>/listing/             one file per driver that lists the source, which says that it is alive
     OUT/_state/<run_id>/manifest-*/          one file per shard; run.json names the folder that counts
     OUT/_state/<run_id>/epochs/000001.json   one per driver that took the run over
     OUT/_state/<run_id>/heartbeats/          one file per driver, which says every half minute that it is alive
@@ -67,6 +68,10 @@ def failure_key(run_id: str) -> str:
 def heartbeat_key(run_id: str, epoch: int) -> str:
     """Of a driver, not of the run: one that was cut off and goes on does not write over that of who took over."""
     return f"{state_prefix(run_id)}/heartbeats/{epoch:06d}.json"
+
+
+def listing_prefix(run_id: str) -> str:
+    return f"{state_prefix(run_id)}/listing"
 
 
 def accepted_key(run_id: str) -> str:

@@ -28,6 +28,7 @@ from pipeline.examples import read_labels
 from pipeline.failure import one_line
 from pipeline.fetch import Fetcher
 from pipeline.gates import FALSE_ALARMS
+from pipeline.heartbeat import Listing
 from pipeline.increment import Earlier
 from pipeline.limits import Limits
 from pipeline.manifest import Manifest, build_manifest
@@ -224,7 +225,9 @@ def _start(
     }
     salt = config.salt or secrets.token_hex(16)
     listed_at = datetime.now(UTC)
-    manifest, known = _list(config, check_outside(rows, store), store, prefix, salt, plan, decides)
+    with Listing(store, run_id, plan.name) as listing:
+        rows = listing.count(check_outside(rows, store))
+        manifest, known = _list(config, rows, store, prefix, salt, plan, decides)
     if manifest.images == manifest.canaries:
         if parent:
             raise UsageError(f"run {config.retry_errors} has no errors that may pass: there is nothing to scan again")

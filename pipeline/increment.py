@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pipeline.schema import RANKED
 from pipeline.source import LISTED_CHUNK
 
-JOIN: dict[str, Any] = {"memory_limit": "1GB", "threads": 2, "preserve_insertion_order": "false"}
+JOIN: dict[str, Any] = {"memory_limit": "512MB", "threads": 2, "preserve_insertion_order": "false"}
 """What does not fit it joins on disk, and each of many threads would want memory of its own."""
 
 # What has become of the listed objects, image ids once each, and which run judged the unchanged ones.

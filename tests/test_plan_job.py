@@ -12,15 +12,8 @@ import pytest
 import yaml
 from scipy.stats import binom
 
-from pipeline.calibrate import (
-    CalibrateConfig,
-    draw_blocks,
-    find_candidates,
-    find_versions,
-    read_pictures,
-    run_calibrate,
-    split,
-)
+from pipeline.blocks import draw_blocks, find_versions, split
+from pipeline.calibrate import CalibrateConfig, find_candidates, read_pictures, run_calibrate
 from pipeline.errors import UsageError
 from pipeline.examples import LabelledPictures, read_labelled
 from pipeline.field import Field

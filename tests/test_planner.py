@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.planner import Accuracy, best_dorfman_size, hierarchical, split_evenly, square_array
+from pipeline.formulas import Accuracy, best_dorfman_size, hierarchical, split_evenly, square_array
 from tests.authors import GMAC, GROUPINGS, REUSED
 from tests.replay import Scored, Step, replay
 

@@ -228,12 +228,14 @@ def _start(
     with Listing(store, run_id, plan.name) as listing:
         rows = listing.count(check_outside(rows, store))
         manifest, known = _list(config, rows, store, prefix, salt, plan, decides)
-    if manifest.images == manifest.canaries:
-        if parent:
-            raise UsageError(f"run {config.retry_errors} has no errors that may pass: there is nothing to scan again")
-        raise UsageError(f"source {config.source} holds no images (patterns left out: {', '.join(config.exclude)})")
-    if not manifest.shards[0].judged:
-        check_readable(store, manifest.shards[0], plan.preparation, config.endpoint_url)
+        if manifest.images == manifest.canaries:
+            if parent:
+                raise UsageError(
+                    f"run {config.retry_errors} has no errors that may pass: there is nothing to scan again"
+                )
+            raise UsageError(f"source {config.source} holds no images (patterns left out: {', '.join(config.exclude)})")
+        if not manifest.shards[0].judged:
+            check_readable(store, manifest.shards[0], plan.preparation, config.endpoint_url)
     frozen = {
         "run_id": run_id,
         "parent_run_id": config.retry_errors,

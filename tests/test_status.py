@@ -271,6 +271,14 @@ def test_a_run_is_listing_while_its_source_is_listed_and_nothing_when_that_fails
     assert list_runs(store, 5) == []
 
 
+def test_a_source_without_images_leaves_no_run(tmp_path):
+    (tmp_path / "source").mkdir()
+    store = Store(str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="holds no images"):
+        run_scan(ScanConfig(source=str(tmp_path / "source"), output=store.name, run_id="night"))
+    assert list_runs(store, 5) == [] and not store.sizes("_state/night")
+
+
 def test_a_driver_that_died_while_it_listed_is_stale_until_somebody_goes_on(store):
     def listed(name: str, ago: float) -> None:
         content = {"run_id": "r", "plan": {"name": "p"}, "started_at": past(ago + 60), "updated_at": past(ago)}

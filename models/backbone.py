@@ -226,6 +226,7 @@ class Trunk(nn.Module):
         # The first segment does nothing: behind it stand the pixels themselves, which can be merged too.
         self.segments: dict[str, tuple[Step, ...]] = {"pixels": (), **self.spec.segments}
         self.classifier = self.spec.build(num_categories)
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -251,11 +252,16 @@ class Trunk(nn.Module):
 
     def normalise(self, pixels_NSS3: Tensor) -> Tensor:
         """uint8 (N, S, S, 3) to float32 (N, 3, S, S) of about unit variance, channels last in memory."""
-        mean_311, std_311 = (
-            torch.tensor(channels, device=pixels_NSS3.device).view(3, 1, 1)
-            for channels in (self.spec.mean, self.spec.std)
-        )
+        mean_311, std_311 = self._constants_on(pixels_NSS3.device)
         return (pixels_NSS3.permute(0, 3, 1, 2).float() - mean_311) / std_311
+
+    def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        # Sent once: each transfer would wait for all that the device has to do. No buffers, which bfloat16 would round.
+        if device not in self._constants:
+            with torch.inference_mode(mode=False):  # whoever asks first may not be the last: one may train
+                mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in (self.spec.mean, self.spec.std))
+                self._constants[device] = mean.to(device), std.to(device)
+        return self._constants[device]
 
     def features(self, x: Tensor, *, after: str | None = None, upto: str | None = None) -> Tensor:
         """Runs the segments behind cut ``after`` (None: from the pixels) up to and with ``upto`` (None: all)."""

@@ -32,6 +32,7 @@ from pipeline.bench import (
 )
 from pipeline.corpus import list_photos
 from pipeline.decode import Decoder
+from pipeline.decode_device import DeviceDecoder
 from pipeline.errors import UsageError
 from pipeline.picture import decode_picture
 from pipeline.plan import Preparation
@@ -137,13 +138,17 @@ def _rivals(payloads: list[bytes], side: int) -> list[Rival]:
         Rival(name=name, note=note, run=partial(_decode_here, function, payloads, side, wanted))
         for name, (function, note) in functions.items()
     ]
-    guarded = Decoder("decode", side, Preparation())
-    return [
-        *rivals,
-        Rival(
-            name="ours", note="in a child that can be killed", run=partial(_decode_guarded, guarded, payloads, wanted)
-        ),
+    decoders = {"ours": (Decoder("decode", side, Preparation()), "in a child that can be killed")}
+    if torch.cuda.is_available():
+        decoders["ours-device"] = (
+            DeviceDecoder("decode", side, Preparation(), "cuda"),
+            "on the GPU, for trusted sources",
+        )
+    guarded = [
+        Rival(name=name, note=note, run=partial(_decode_guarded, decoder, payloads, wanted))
+        for name, (decoder, note) in decoders.items()
     ]
+    return [*rivals, *guarded]
 
 
 def pillow_full(payload: bytes, side: int) -> np.ndarray:

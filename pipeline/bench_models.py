@@ -59,6 +59,8 @@ class ModelsConfig:
     """How often the negatives are shuffled into groups."""
     threads: int = 1
     """Threads of torch; a stage's actor has one."""
+    gpu: bool = False
+    """Test on the GPU instead, as far as ``images/s`` goes; costs are multiply-adds all the same."""
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ def judge_entries(
     """Rows by prevalence; in each, individual testing first."""
     judge = Judge(
         pictures.pixels_NSS3, pictures.positive_N,
-        passes=config.passes, redraws=config.redraws, seed=config.seed, threads=config.threads,
+        passes=config.passes, redraws=config.redraws, seed=config.seed, threads=config.threads, gpu=config.gpu,
     )  # fmt: skip
     rows: dict[float, list[dict[str, Any]]] = {prevalence: [] for prevalence in config.prevalences}
     for entry in entries:

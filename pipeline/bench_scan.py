@@ -36,6 +36,7 @@ from pipeline.bench import (
     write_result,
 )
 from pipeline.decode import Decoder
+from pipeline.device import accelerator
 from pipeline.errors import RunError, UsageError
 from pipeline.examples import read_labels
 from pipeline.plan import Plan, Preparation, load_plan
@@ -170,7 +171,7 @@ class _Bench:
         command = [
             "-m", f"pipeline.rivals.{script}", "--source", str(self.config.source), "--output", str(output),
             "--model", stage.model, "--side", str(stage.input_size), "--batch", str(BATCH), flag, str(number), *more,
-            "--categories", *self.plan.categories,
+            "--categories", *self.plan.categories, "--device", accelerator() if self.plan.asks_for_gpus else "cpu",
         ]  # fmt: skip
         clock = self._run(command)
         table = pq.read_table(output)

@@ -70,7 +70,7 @@ class Decoder:
         for window in windows:
             began = time.perf_counter()
             images = [window.images[position] for position in window.undecided]
-            hashes = self._decode(window, images)
+            window.pixels, hashes = self._decode(images)
             window.work.append(
                 Work(
                     operator=self.operator,
@@ -87,8 +87,11 @@ class Decoder:
         """Has the child ready before the first file, so that its start is on no batch's account. Raises EOFError."""
         self._fresh_child().wait_until_ready()
 
-    def _decode(self, window: Window, images: list[Image]) -> dict[int, tuple[str, int]]:
-        """Gives the window its pixels, and images without any their error. PDQ hashes by id of the image."""
+    def _decode(self, images: list[Image]) -> tuple[np.ndarray | None, dict[int, tuple[str, int]]]:
+        """Pixels (images without an error, side, side, 3), None when there are none; PDQ hashes by id of the image.
+
+        Images that cannot be decoded get their error.
+        """
         pixels_NSS3 = np.empty((len(images), self.side, self.side, 3), np.uint8)
         rows = 0
         hashes: dict[int, tuple[str, int]] = {}
@@ -133,8 +136,7 @@ class Decoder:
             # What else the child had been given goes to the next one, in its order.
             waiting.extendleft(reversed(flying))
             flying.clear()
-        window.pixels = pixels_NSS3[:rows] if rows else None
-        return hashes
+        return pixels_NSS3[:rows] if rows else None, hashes
 
     def _send(self, waiting: deque[Image], flying: deque[Image]) -> None:
         """Gives a child as many files as it takes ahead. Raises OSError or EOFError when it has died."""

@@ -9,6 +9,9 @@ from ray.exceptions import RayTaskError
 from pipeline.errors import RunError, StoreError, UsageError
 from pipeline.storage import reason, redact
 
+ADVICE = "To change retry attempts"
+"""How Ray ends what a task has raised."""
+
 
 def one_line(error: BaseException) -> str:
     if isinstance(error, RayTaskError) and error.cause is not None:
@@ -17,5 +20,10 @@ def one_line(error: BaseException) -> str:
         return str(error).splitlines()[0]  # Ray adds advice of its own
     if isinstance(error, (StoreError, BaseError, ClientError, BotoCoreError)):
         return f"storage: {reason(error)}"
-    lines = [line for line in redact(str(error)).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__
+    text = redact(str(error))
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(ADVICE)]
+    if not lines:
+        return type(error).__name__
+    # One that holds a traceback ends with what matters; others, as CUDA's, begin with it and go on with advice.
+    line = lines[-1 if "Traceback" in text else 0]
+    return f"{type(error).__name__}: {line.strip()[:300]}"

@@ -36,6 +36,7 @@ from pipeline.rows import (
     Watched,
     WindowsToReceipts,
     WindowsToWindows,
+    build_device_decoder,
     build_scorer,
     build_stage,
 )
@@ -121,13 +122,17 @@ def _steps(plan: Plan, destination: Destination) -> list[_Step]:
     known = destination.contents
     fetcher = destination.fetcher
     add("fetch", preparation.fetch, RefsToWindows, fetcher, store, destination.endpoint_url, preparation, known)
-    gpu_kind = accelerator() if any(stage.num_gpus for stage in plan.stages) else None
+    gpu_kind = accelerator() if plan.asks_for_gpus else None
     points = decode_points(plan)
     for stage in plan.stages:
         if stage.name in points:
             name = f"decode:{stage.name}"
-            banks = destination.banks if stage is plan.stages[0] else None
-            add(name, preparation.decode, WindowsToWindows, Decoder, name, stage.input_size, preparation, banks)
+            sized = (name, stage.input_size, preparation)
+            if preparation.jpeg == "device":
+                add(name, preparation.decode, WindowsToWindows, build_device_decoder, *sized, gpu_kind)
+            else:
+                banks = destination.banks if stage is plan.stages[0] else None
+                add(name, preparation.decode, WindowsToWindows, Decoder, *sized, banks)
         told = {"final": stage is plan.stages[-1], "gpu_kind": gpu_kind, "cost": models.costs[stage.name]}
         add(stage.name, stage, WindowsToWindows, build_stage, stage, plan.categories, **told)
     named = (destination.attempts, destination.run_id, plan, models.versions, destination.salt, destination.policy)

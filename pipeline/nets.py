@@ -39,7 +39,7 @@ def check_models(plan: Plan) -> Models:
 
     A net whose card does not tell its cost at the stage's size is loaded, to count. Raises UsageError.
     """
-    if any(stage.num_gpus for stage in plan.stages):
+    if plan.asks_for_gpus:
         # By name only: the driver's own node may have none.
         accelerator()
     versions, costs = {}, {}

@@ -30,7 +30,7 @@ DRAFT_OVERSAMPLING = 1.5
 EIGHTH_OVERSAMPLING = 2.0
 # A hash match wants more pixels than small nets: at this side a hash is within 8 bits of that of a full decode.
 HASH_SIDE = 512
-_ORIENTATION_TAG = 0x0112
+ORIENTATION_TAG = 0x0112
 # What Pillow's plugins raise on broken files.
 BROKEN_FILE = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, NotImplementedError,
@@ -106,15 +106,15 @@ def _broken(error: Exception) -> PictureError:
 def _render(image: Image.Image, side: int, *, hashed: bool) -> tuple[np.ndarray, tuple[str, int] | None]:
     # What is left of the picture after a draft: its last row and column may stand for pixels that are not there.
     box = _draft(image, side, HASH_SIDE if hashed else 0) if image.format == "JPEG" else None
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    orientation = image.getexif().get(ORIENTATION_TAG, 1)
     picture = _to_rgb(image)
     # reducing_gap would box-reduce before filtering: faster, but it is what the draft already did.
     small = picture.resize((side, side), Image.Resampling.BILINEAR, box=box)
-    pixels = np.asarray(_upright(small, orientation))
+    pixels = np.asarray(upright(small, orientation))
     if not hashed:
         return pixels, None
     picture.thumbnail((2 * HASH_SIDE,) * 2, Image.Resampling.BILINEAR)
-    return pixels, _pdq(np.asarray(_upright(picture, orientation)))
+    return pixels, _pdq(np.asarray(upright(picture, orientation)))
 
 
 def _draft(image: Image.Image, side: int, least: int) -> tuple[float, float, float, float] | None:
@@ -126,10 +126,11 @@ def _draft(image: Image.Image, side: int, least: int) -> tuple[float, float, flo
     return drafted[1] if drafted else None
 
 
-def _upright(picture: Image.Image, orientation: int) -> Image.Image:
+def upright(picture: Image.Image, orientation: int) -> Image.Image:
+    """The picture turned and mirrored as EXIF's ``orientation`` (1 to 8) says."""
     if orientation == 1:
         return picture
-    picture.getexif()[_ORIENTATION_TAG] = orientation
+    picture.getexif()[ORIENTATION_TAG] = orientation
     return ImageOps.exif_transpose(picture)
 
 

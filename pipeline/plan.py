@@ -177,6 +177,8 @@ class Preparation(Strict):
     fetch: Pool = Pool(num_cpus=0.25)
     decode: Pool = Pool(num_cpus=1.0)
     """Each actor has one child process that decodes."""
+    jpeg: Literal["child", "device"] = "child"
+    """What decodes JPEG: a child process that can be killed, or, for trusted sources alone, the actor's GPU."""
     write: Pool = Pool(num_cpus=0.1, windows_per_call=4)
 
 
@@ -272,10 +274,20 @@ class Plan(Strict):
                     f"than {groups} groups, so none could fall back; look at fewer, or give larger windows"
                 )
         asking = [stage.name for stage in self.stages if stage.num_gpus]
-        if self.fused and asking:
+        if self.fused and (asking or self.fused.num_gpus):
             raise ValueError(
-                f"fused is for plans without GPUs, but stages {asking} ask for some: leave out fused, or num_gpus"
+                f"fused is for plans without GPUs, but {asking or 'it'} ask for some: leave out fused, or num_gpus"
             )
+        if self.preparation.jpeg == "device":
+            if self.fused or not self.preparation.decode.num_gpus:
+                raise ValueError(
+                    "preparation.jpeg is device, but decoders have no GPU: give preparation.decode num_gpus, and leave "
+                    "out fused"
+                )
+            if self.banks:
+                raise ValueError(
+                    "preparation.jpeg is device, but only the child hashes pictures for banks: leave it out"
+                )
         banks = [bank.name for bank in self.banks]
         if len(set(banks)) != len(banks) or not all(banks):
             raise ValueError(f"bank names are {banks}; each bank needs a name of its own")
@@ -293,6 +305,10 @@ class Plan(Strict):
         return self
 
     @property
+    def asks_for_gpus(self) -> bool:
+        return any(pool.num_gpus for pool in (*self.stages, self.preparation.decode))
+
+    @property
     def version(self) -> str:
         """Twelve hexadecimal digits that change with whatever can change a verdict."""
         speed_only = {*Pool.model_fields, "batch_images"}
@@ -305,6 +321,8 @@ class Plan(Strict):
             for stage in self.stages
         ]
         without = {"preparation", "stages", "audit", "certificate", "fused"} | (set() if self.banks else {"banks"})
+        if self.preparation.jpeg != "child":
+            limits |= {"jpeg"}  # another decoder: a score near a threshold may fall to its other side
         content = self.model_dump(mode="json", exclude=without) | {
             "limits": self.preparation.model_dump(include=limits),
             "stages": stages,

@@ -107,12 +107,20 @@ class Judge:
     """
 
     def __init__(
-        self, pixels_NSS3: np.ndarray, positive_N: np.ndarray, *, passes: int, redraws: int, seed: int, threads: int
+        self,
+        pixels_NSS3: np.ndarray,
+        positive_N: np.ndarray,
+        *,
+        passes: int,
+        redraws: int,
+        seed: int,
+        threads: int,
+        gpu: bool = False,
     ) -> None:
         self.pixels_NSS3 = pixels_NSS3
         self.positives = np.flatnonzero(positive_N)
         self.negatives = np.flatnonzero(~positive_N)
-        self.passes, self.redraws, self.seed, self.threads = passes, redraws, seed, threads
+        self.passes, self.redraws, self.seed, self.threads, self.gpu = passes, redraws, seed, threads, gpu
         self.runs: dict[tuple[str, int], StageRun] = {}
 
     def judge(self, plan: Plan, prevalence: float) -> Judged:
@@ -152,7 +160,8 @@ class Judge:
         content = spec.model_dump_json(exclude={"name", "actors", "num_cpus", "windows_per_call"})
         key = (content, plan.window.images)
         if key not in self.runs:
-            stage = GroupStage(spec.model_copy(update={"num_cpus": self.threads}), plan.categories, final=False)
+            place = {"num_cpus": self.threads, "num_gpus": float(self.gpu)}
+            stage = GroupStage(spec.model_copy(update=place), plan.categories, final=False)
             self.runs[key] = self._run(stage, plan.window.images)
         return self.runs[key]
 

@@ -49,6 +49,13 @@ def build_stage(*args: Any, **options: Any) -> Callable[[list], list]:
     return GroupStage(*args, **options)
 
 
+def build_device_decoder(*args: Any) -> Callable[[list], list]:
+    """The same for a ``DeviceDecoder``."""
+    from pipeline.decode_device import DeviceDecoder  # noqa: PLC0415
+
+    return DeviceDecoder(*args)
+
+
 def build_scorer(*args: Any) -> Callable[[list], list]:
     """The same for a ``GroupScorer``."""
     from pipeline.scoring import GroupScorer  # noqa: PLC0415

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import chain
 
@@ -24,6 +24,7 @@ from models.group_net import Kept
 from models.weights import load_net
 from pipeline.device import accelerator, open_device
 from pipeline.errors import RunError
+from pipeline.graphs import Graphs
 from pipeline.groups import Group, form_groups, slots
 from pipeline.layout import padded
 from pipeline.nets import StageCost, check_stage, stage_cost
@@ -71,6 +72,7 @@ class GroupStage:
         torch.backends.cudnn.allow_tf32 = False
         self.net.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.upload = Upload(self.device)
+        self.graphs = Graphs(self.device)
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, round(spec.num_cpus)))
 
@@ -86,6 +88,7 @@ class GroupStage:
         for window in before:
             window.restore()
         if self.device.type == "cuda":
+            self.graphs.forget()
             torch.cuda.empty_cache()
         if self.batch_images >= 2 * self.spec.rounds[0]:
             self.batch_images //= 2
@@ -160,7 +163,7 @@ class GroupStage:
     def _test_fresh(self, number: int, groups: list[Group], pixel_rows: PixelRows) -> _Tested:
         """Tests groups from their pixels."""
         size = self.spec.rounds[number]
-        logits_GK, batches = self._test(groups, size, pixel_rows)
+        logits_GK, batches = self._test(groups, size, pixel_rows, keep=not self._is_last(number))
         positive_G = self._judge(number, groups, self._to_scores(logits_GK))
         kept = Kept() if self._is_last(number) else self._keep_positive(batches, positive_G, size)
         return _Tested(groups, np.full(len(groups), self.cost.fresh[number]), positive_G, kept)
@@ -191,7 +194,7 @@ class GroupStage:
         (size,) = self.spec.rounds
         first = [group for window in windows for group in form_groups(window, self.spec)]
         second = [group for window in windows for group in form_groups(window, self.spec, across=True)]
-        logits_GK, batches = self._test(first, size, pixel_rows)
+        logits_GK, batches = self._test(first, size, pixel_rows, keep=True)
         again_GK = self._regroup([features.units[1] for features in batches], first, second, size)
         # Both groupings saw every image that entered, whoever the first one clears.
         positive = np.concatenate(
@@ -211,22 +214,35 @@ class GroupStage:
             members = second[start : start + width]
             shape = padded(len(members), width) * size
             rows = np.zeros(shape, dtype=np.int64)
-            present = np.zeros(shape, dtype=bool)
+            present_N, filled = self._nobody_present(shape)
             for slot, group, position in slots(members, size):
                 rows[slot] = row_of[id(group.window), position]
-                present[slot] = True
+                filled[slot] = True
             units_NX = _gather(batches, rows)
-            logits.append(self.net.regroup(units_NX, self.upload(present), size))
+            logits.append(self.net.regroup(units_NX, self.upload(present_N), size))
         return torch.cat(logits)[: len(second)]
 
-    def _test(self, groups: list[Group], size: int, pixel_rows: PixelRows) -> tuple[Tensor, list[Kept]]:
+    def _test(self, groups: list[Group], size: int, pixel_rows: PixelRows, *, keep: bool) -> tuple[Tensor, list[Kept]]:
         """Logits (G, K) of tests from pixels, and per device batch what it keeps for later rounds."""
         logits, batches = [self._no_logits()], []
-        for images_NCHW, present_N in self._batches(groups, size, pixel_rows):
-            logits_GK, features = self.net.test(images_NCHW, present_N, size)
+        for pixels_NSS3, present_N in self._batches(groups, size, pixel_rows):
+            logits_GK, features = self.test_batch(pixels_NSS3, present_N, size, keep=keep)
             logits.append(logits_GK)
             batches.append(features)
         return torch.cat(logits)[: len(groups)], batches
+
+    def test_batch(self, pixels_NSS3: Tensor, present_N: Tensor, size: int, *, keep: bool) -> tuple[Tensor, Kept]:
+        """Logits (N / size, K) of one device batch of consecutive groups, uint8, and what later rounds go on from."""
+        parts = self.net.group_sizes[: self.net.depth_of(size)] if keep else ()
+
+        def run(pixels_NSS3: Tensor, present_N: Tensor) -> tuple[Tensor, ...]:
+            images_NCHW = self.net.trunk.normalise(pixels_NSS3).to(self.dtype)
+            logits_GK, kept = self.net.test(images_NCHW, present_N, size)
+            return logits_GK, *(kept.units[part] for part in parts), *(kept.present[part] for part in parts)
+
+        logits_GK, *features = self.graphs(("test", size, keep), run, pixels_NSS3, present_N)
+        units, present = features[: len(parts)], features[len(parts) :]
+        return logits_GK, Kept(dict(zip(parts, units, strict=True)), dict(zip(parts, present, strict=True)))
 
     def _retest(self, kept: Kept, size: int) -> Tensor:
         """Logits (G, K) of a later round, from kept features."""
@@ -234,25 +250,27 @@ class GroupStage:
         if kept.units:
             width = self._groups_per_batch(size)
             for units_UCHW in kept.units[size].split(width):
-                shape = padded(len(units_UCHW), width)
-                logits.append(self.net.retest(_pad(units_UCHW, shape), size)[: len(units_UCHW)])
+                padded_UCHW = _pad(units_UCHW, padded(len(units_UCHW), width))
+                (logits_UK,) = self.graphs(("retest", size), lambda units: (self.net.retest(units, size),), padded_UCHW)
+                logits.append(logits_UK[: len(units_UCHW)])
         return torch.cat(logits)
 
     def _batches(self, groups: list[Group], size: int, pixel_rows: PixelRows) -> Iterator[tuple[Tensor, Tensor]]:
-        """Device batches, of few shapes (``layout.py``): images (N, 3, S, S) and which are present (N,)."""
+        """Device batches, of few shapes (``layout.py``): pixels (N, S, S, 3) and which are present (N,)."""
         side = self.spec.input_size
         per_batch = self._groups_per_batch(size)
         for start in range(0, len(groups), per_batch):
             members = groups[start : start + per_batch]
             shape = padded(len(members), per_batch) * size
-            pixels = np.zeros((shape, side, side, 3), np.uint8)
-            present = np.zeros(shape, bool)
-            for slot, group, position in slots(members, size):
-                assert group.window.pixels is not None
-                pixels[slot] = group.window.pixels[pixel_rows[id(group.window)][position]]
-                present[slot] = True
-            images = self.net.trunk.normalise(self.upload(pixels)).to(self.dtype)
-            yield images, self.upload(present)
+            pixels_NSS3 = self.upload.empty((shape, side, side, 3), torch.uint8)
+            present_N, filled = self._nobody_present(shape)
+            _fill(pixels_NSS3.numpy(), filled, slots(members, size), pixel_rows)
+            yield self.upload(pixels_NSS3), self.upload(present_N)
+
+    def _nobody_present(self, shape: int) -> tuple[Tensor, np.ndarray]:
+        """(N,) of False to upload, and the same memory to write to."""
+        present_N = self.upload.empty((shape,), torch.bool).zero_()
+        return present_N, present_N.numpy()
 
     def _groups_per_batch(self, size: int) -> int:
         return max(1, self.batch_images // size)
@@ -360,6 +378,26 @@ class _Undecided:
             image.outcome = image.error_code = image.error_detail = None
             image.payload = payload
             del image.tests[tests:]
+
+
+def _fill(
+    pixels_NSS3: np.ndarray, present_N: np.ndarray, places: Iterable[tuple[int, Group, int]], pixel_rows: PixelRows
+) -> None:
+    """Copies each member's pixels to its slot; slots of nobody are black. Neighbours of one window go together."""
+    runs: list[tuple[int, Group, list[int]]] = []
+    for slot, group, position in places:
+        row = pixel_rows[id(group.window)][position]
+        if runs and runs[-1][1].window is group.window and slot == runs[-1][0] + len(runs[-1][2]):
+            runs[-1][2].append(row)
+        else:
+            runs.append((slot, group, [row]))
+    for first, group, rows in runs:
+        assert group.window.pixels is not None
+        there = slice(first, first + len(rows))
+        # Any mode but "raise", which would fill a buffer first.
+        np.take(group.window.pixels, rows, axis=0, out=pixels_NSS3[there], mode="clip")
+        present_N[there] = True
+    pixels_NSS3[~present_N] = 0
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

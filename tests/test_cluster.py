@@ -164,6 +164,23 @@ def verdicts(output: Path) -> pa.Table:
 
 
 @pytest.mark.slow
+def test_decoders_that_have_a_gpu_say_what_others_do(nodes, corpus, tmp_path):
+    there = {"jpeg": "device", "decode": {"num_cpus": 0.2, "num_gpus": 0.2}}
+    on_gpu = copy.deepcopy(QUICK) | {"preparation": QUICK["preparation"] | there}
+    plans = {"child": QUICK, "device": on_gpu}
+    found = {}
+    for name, content in plans.items():
+        output = tmp_path / name
+        output.mkdir()
+        record = finish(start(nodes, corpus, output, small_plan(output, content)), output)
+        assert record["counts"]["listed"] == 320 and record["counts"]["error"] == 0
+        found[name] = verdicts(output)["outcome"].to_pylist()
+    assert "gpu" in nodes.operators()["decode:tree"]
+    differing = sum(mine != theirs for mine, theirs in zip(found["child"], found["device"], strict=True))
+    assert differing <= 6, "decoders are within half a grey level, and verdicts with them but for a few"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1500)  # two scans and a minute of waiting
 def test_a_scan_outlives_a_minute_without_any_gpu(nodes, corpus, tmp_path):
     source = tmp_path / "pictures"

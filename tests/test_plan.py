@@ -54,9 +54,7 @@ def test_a_plan_that_cannot_work_is_refused_with_the_place(path, value, words):
 
 def test_operators_of_a_plan_with_gpus_are_not_fused():
     plan = changed("stages.0.num_gpus", 0.5) | {"fused": {"num_cpus": 1}}
-    with pytest.raises(
-        UsageError, match=r"fused is for plans without GPUs, but stages .* ask for some: leave out fused"
-    ):
+    with pytest.raises(UsageError, match=r"fused is for plans without GPUs, but .* ask for some: leave out fused"):
         parse_plan(plan, "here")
 
 

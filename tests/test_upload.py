@@ -1,4 +1,4 @@
-"""Batches on their way to a device."""
+"""Batches on their way to a device, and what is replayed there."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import pytest
 import torch
 
 from pipeline.device import VARIABLE
+from pipeline.graphs import Graphs
 from pipeline.plan import StageSpec
 from pipeline.stages import GroupStage
 from pipeline.upload import Upload
 from pipeline.window import Image, Window
 
 
-def test_an_array_is_a_tensor_of_the_same_values():
+def filled(upload: Upload, array: np.ndarray) -> torch.Tensor:
+    here = upload.empty(array.shape, torch.uint8)
+    here.numpy()[:] = array
+    return here
+
+
+def test_what_is_written_arrives():
+    upload = Upload(torch.device("cpu"))
     array = np.random.default_rng(1).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    there = Upload(torch.device("cpu"))(array)
+    there = upload(filled(upload, array))
     assert there.dtype == torch.uint8 and np.array_equal(there.numpy(), array)
-    assert Upload(torch.device("cpu"))(np.ones(3, bool)).all()
 
 
 def window(pixels_NSS3: np.ndarray) -> Window:
@@ -35,7 +42,7 @@ def test_batches_arrive_whole_while_the_device_computes():
     for array in arrays:
         for _ in range(4):
             busy = (busy @ busy).clamp(-1, 1)
-        sums.append(upload(array).long().sum())
+        sums.append(upload(filled(upload, array)).long().sum())
     assert [int(total) for total in sums] == [int(array.sum()) for array in arrays]
 
 
@@ -51,3 +58,54 @@ def test_a_stage_scores_on_a_gpu_what_it_scores_on_a_cpu(monkeypatch):
         (tested,) = GroupStage(spec, ("trefoil",), final=True)([window(pixels_NSS3.copy())])
         scores.append([[test.scores for test in image.tests] for image in tested.images])
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
+
+
+def test_without_cuda_a_function_is_called():
+    ran = []
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ran.append(len(x))
+        return x + 1, x * 2
+
+    graphs = Graphs(torch.device("cpu"))
+    for _ in range(3):
+        more, double = graphs("key", run, torch.ones(2))
+        assert more.tolist() == double.tolist() == [2.0, 2.0]
+    assert ran == [2, 2, 2] and not graphs.recorded
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_computes_what_its_function_does_and_results_stay():
+    device = torch.device("cuda")
+    weight = torch.randn(64, 64, device=device)
+    graphs = Graphs(device)
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (x @ weight).relu(), x.sum(dim=1)
+
+    given = [torch.randn(rows, 64, device=device) for rows in (32, 32, 8, 32, 8, 8, 32)]
+    found = [graphs("key", run, x) for x in given]
+    assert len(graphs.recorded) == 2, "one a shape, from its second call on"
+    for x, results in zip(given, found, strict=True):
+        for result, expected in zip(results, run(x), strict=True):
+            assert torch.equal(result, expected)
+    graphs.forget()
+    assert torch.equal(graphs("key", run, given[0])[1], given[0].sum(dim=1)) and not graphs.recorded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stage_that_replays_scores_as_in_its_first_call(monkeypatch, dtype):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    pixels_NSS3 = np.random.default_rng(4).integers(0, 256, (256, 80, 80, 3), dtype=np.uint8)
+    spec = StageSpec(
+        name="s", model="emblem", rounds=(16, 4, 1), thresholds={"trefoil": (0.0, 0.0, 0.0)}, input_size=80,
+        dtype=dtype, num_gpus=1, batch_images=64,
+    )  # fmt: skip
+    stage = GroupStage(spec, ("trefoil",), final=True)
+    calls = []
+    for _ in range(3):
+        (tested,) = stage([window(pixels_NSS3.copy())])
+        calls.append([[test.scores for test in image.tests] for image in tested.images])
+    assert len(stage.graphs.recorded) == 3, "full batches of each round"
+    assert calls[0] == calls[1] == calls[2]

@@ -41,11 +41,12 @@ def main() -> None:
     parser.add_argument("--categories", nargs="+", required=True)
     for name in ("side", "workers", "threads", "batch"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
     told = parser.parse_args()
 
     pictures = Pictures(told.source, told.model, told.side)
-    loader = DataLoader(pictures, batch_size=told.batch, num_workers=told.workers)
-    classifier = Classifier(told.model, told.categories, told.threads)
+    loader = DataLoader(pictures, batch_size=told.batch, num_workers=told.workers, pin_memory=told.device != "cpu")
+    classifier = Classifier(told.model, told.categories, told.threads, told.device)
     paths: list[str] = []
     scores: list[list[float]] = []
     for images_NCHW, names in loader:

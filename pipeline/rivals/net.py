@@ -10,20 +10,21 @@ from models.weights import load_net
 
 
 class Classifier:
-    """``model``: a net's name in the zoo, or the path of its card."""
+    """``model``: a net's name in the zoo, or the path of its card. On a GPU in bfloat16, as one does there."""
 
-    def __init__(self, model: str, categories: list[str], threads: int) -> None:
+    def __init__(self, model: str, categories: list[str], threads: int, device: str) -> None:
         torch.set_num_threads(threads)
         net, card = load_net(model)
-        self.net = net.to(memory_format=torch.channels_last)
+        self.device, self.dtype = device, torch.float32 if device == "cpu" else torch.bfloat16
+        self.net = net.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.columns = [card.categories.index(category) for category in categories]
 
     @torch.inference_mode()
     def __call__(self, images_NCHW: Tensor) -> Tensor:
         """Scores (N, K)."""
-        images_NCHW = images_NCHW.contiguous(memory_format=torch.channels_last)
-        present_N = torch.ones(len(images_NCHW), dtype=torch.bool)
-        return torch.sigmoid(self.net(images_NCHW, present_N, 1)[:, self.columns])
+        images_NCHW = images_NCHW.to(self.device, self.dtype, memory_format=torch.channels_last)
+        present_N = torch.ones(len(images_NCHW), dtype=torch.bool, device=self.device)
+        return torch.sigmoid(self.net(images_NCHW, present_N, 1)[:, self.columns].float()).cpu()
 
 
 def preprocess(model: str, side: int) -> v2.Compose:

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--categories", nargs="+", required=True)
     for name in ("side", "actors", "batch"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
     told = parser.parse_args()
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -35,7 +36,7 @@ def main() -> None:
 
     class Predictor:
         def __init__(self) -> None:
-            self.classifier = Classifier(told.model, told.categories, threads=1)
+            self.classifier = Classifier(told.model, told.categories, threads=1, device=told.device)
 
         def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             scores_NK = self.classifier(torch.from_numpy(np.stack(list(batch["image"]))))
@@ -45,7 +46,8 @@ def main() -> None:
         ray.data.read_images(told.source, include_paths=True, mode="RGB", ignore_missing_paths=False,
                              file_extensions=["jpg", "jpeg", "png", "webp"])
         .map(prepare)
-        .map_batches(Predictor, batch_size=told.batch, compute=ray.data.ActorPoolStrategy(size=told.actors))
+        .map_batches(Predictor, batch_size=told.batch, num_gpus=0 if told.device == "cpu" else 1 / told.actors,
+                     compute=ray.data.ActorPoolStrategy(size=told.actors))
         .write_parquet(told.output)
     )  # fmt: skip
     ray.shutdown()

@@ -19,13 +19,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs import status
 from pipeline import commit
 from pipeline.clean import find_litter
+from pipeline.driver import Driver
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
 from pipeline.heartbeat import STALE_SECONDS, Heartbeat, Listing, Pulse, newest_heartbeat, of_driver
 from pipeline.runs import follow, line, list_runs, read_run
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from pipeline.store import Store
-from tests.outputs import run_here
+from tests.conftest import QUICK, small_plan
+from tests.outputs import run_here, scan_by_hand
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -277,6 +279,29 @@ def test_a_source_without_images_leaves_no_run(tmp_path):
     with pytest.raises(UsageError, match="holds no images"):
         run_scan(ScanConfig(source=str(tmp_path / "source"), output=store.name, run_id="night"))
     assert list_runs(store, 5) == [] and not store.sizes("_state/night")
+
+
+def test_the_record_of_a_failed_run_is_made_once_and_says_why(tmp_path, monkeypatch):
+    """And without the files, which would make a status of a large run as large as its record."""
+    made, record_of = [], Driver._record
+
+    def record(self: Driver, status: str, *rest: Any) -> dict[str, Any]:
+        made.append(status)
+        return record_of(self, status, *rest)
+
+    monkeypatch.setattr(Driver, "_record", record)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.jpg").write_bytes(b"a picture")
+
+    def break_off(_: str) -> str:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(RunError, match="the disk is gone"):
+        scan_by_hand(source, str(tmp_path / "out"), small_plan(tmp_path, QUICK), "night", break_off)
+    assert made == ["running", "failed"]
+    status = commit.read_json(Store(str(tmp_path / "out")), commit.status_key("night"))
+    assert status is not None and "the disk is gone" in status["failure"] and "files" not in status
 
 
 def test_a_driver_that_died_while_it_listed_is_stale_until_somebody_goes_on(store):

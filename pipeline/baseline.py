@@ -11,6 +11,7 @@ from pipeline.earlier import compares
 from pipeline.errors import UsageError
 from pipeline.gates import MOST_RUNS, judge
 from pipeline.inventory import scope
+from pipeline.records import PastRuns
 from pipeline.store import Store
 
 DECIDES = ("plan_version", "weights_sha256", "banks_sha256")
@@ -18,30 +19,26 @@ LOOKED_AT = 100
 """Records that are read at most, those that were written last: an output may hold years of nights."""
 
 
-def drift(store: Store, tonight: Mapping[str, Any], alarms: float | None) -> dict[str, Any]:
+def drift(past: PastRuns, tonight: Mapping[str, Any], alarms: float | None) -> dict[str, Any]:
     """The fields ``gates`` and ``suspect`` of tonight's record; see ``gates.judge``. Without ``alarms``, no gates."""
     if alarms is None or tonight["parent_run_id"]:
         note = "gates were switched off" if alarms is None else "a run that takes up errors is like no other"
         return {"gates": {"runs": [], "alarms": alarms, "verdicts": [], "note": note}, "suspect": []}
-    return judge(tonight, earlier_runs(store, tonight), alarms)
+    return judge(tonight, earlier_runs(past, tonight), alarms)
 
 
-def earlier_runs(store: Store, tonight: Mapping[str, Any]) -> list[dict[str, Any]]:
+def earlier_runs(past: PastRuns, tonight: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The newest complete runs before tonight's that compare with it, newest first; ``gates.MOST_RUNS`` at most.
 
     Of the same source, plan, nets and banks; incremental ones with incremental ones, whose images are new, and whole
     ones with whole ones. Runs that took up errors are none, and a suspect one is none until it is accepted.
     """
-    found = store.objects("runs")
-    newest = commit.newest_runs(found)[:LOOKED_AT]
-    records = [commit.read_json(store, commit.record_key(run_id)) for run_id in newest]
     comparable = [
         record
-        for record in records
-        if record is not None
-        and record["started_at"] < tonight["started_at"]
+        for record in past.whole(past.newest(LOOKED_AT))
+        if record["started_at"] < tonight["started_at"]
         and _alike(record, tonight)
-        and (not record.get("suspect") or commit.accepted_key(record["run_id"]) in found)
+        and (not record.get("suspect") or commit.accepted_key(record["run_id"]) in past.found)
     ]
     return sorted(comparable, key=lambda record: record["started_at"], reverse=True)[:MOST_RUNS]
 

@@ -47,8 +47,9 @@ from pipeline.demo import run_server
 from pipeline.errors import RunError, UsageError
 from pipeline.fetch import Fetcher, WindowRef
 from pipeline.flow import window_refs
+from pipeline.manifest import build_manifest
 from pipeline.plan import Preparation, WindowSpec
-from pipeline.source import build_manifest, list_source
+from pipeline.source import list_source
 from pipeline.storage import (
     Location,
     check_endpoint,

@@ -40,7 +40,8 @@ def _of_run(store: Store, run_id: str, older_than: timedelta) -> Litter:
     if alive:
         return Litter(run_id=run_id, reason=f"left alone: {alive}")
     kept = _referred_to(store, run_id, list(state))
-    listings = {key: found for key, found in state.items() if f"{commit.state_prefix(run_id)}/manifest-" in key}
+    begun = (f"{commit.state_prefix(run_id)}/manifest-", f"{commit.listing_prefix(run_id)}/")
+    listings = {key: found for key, found in state.items() if key.startswith(begun)}
     dead = {key: size for key, (size, _) in (attempts | listings | unnamed).items() if key not in kept}
     reason = "nothing to remove"
     if dead:

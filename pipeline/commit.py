@@ -1,6 +1,7 @@
 """Exactly once: from attempt files to tables, one shard at a time, by whichever driver comes first.
 
     OUT/_state/<run_id>/run.json             what the run is: frozen when it starts
+    OUT/_state/<run_id>/listing/             one file per driver that lists the source, which says that it is alive
     OUT/_state/<run_id>/manifest-*/          one file per shard; run.json names the folder that counts
     OUT/_state/<run_id>/epochs/000001.json   one per driver that took the run over
     OUT/_state/<run_id>/heartbeats/          one file per driver, which says every half minute that it is alive
@@ -21,7 +22,7 @@ import io
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,18 +30,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import schema
-from pipeline.codes import OUTAGE
 from pipeline.errors import RunError, UsageError
-from pipeline.merge import GROUP_ROWS, in_order, write_ledger
+from pipeline.manifest import Shard
+from pipeline.merge import GROUP_ROWS, in_order, unchanged_rows, write_ledger
+from pipeline.reconcile import check_outage, reconcile
 from pipeline.sink import table_bytes
-from pipeline.source import Shard
 from pipeline.store import Store, digest
 from pipeline.tally import Tally
-from pipeline.window import UNCHANGED
 
 READERS = 16
 """Threads that read a shard's attempts: from a distant store one after the other would take minutes."""
@@ -71,6 +70,10 @@ def heartbeat_key(run_id: str, epoch: int) -> str:
     return f"{state_prefix(run_id)}/heartbeats/{epoch:06d}.json"
 
 
+def listing_prefix(run_id: str) -> str:
+    return f"{state_prefix(run_id)}/listing"
+
+
 def accepted_key(run_id: str) -> str:
     return f"runs/{run_id}/accepted.json"
 
@@ -85,15 +88,11 @@ def report_key(run_id: str) -> str:
 
 def complete_runs(store: Store) -> list[str]:
     """Names of the runs that have a record: it is written last, so theirs are the tables that count."""
-    return _recorded(store.sizes("runs"))
+    return recorded(store.sizes("runs"))
 
 
-def newest_runs(found: Mapping[str, tuple[int, datetime]]) -> list[str]:
-    """The same, those first whose record was written last. ``found``: what ``store.objects`` has below ``runs``."""
-    return sorted(_recorded(found), key=lambda run_id: found[record_key(run_id)][1], reverse=True)
-
-
-def _recorded(found: Iterable[str]) -> list[str]:
+def recorded(found: Iterable[str]) -> list[str]:
+    """The same, of the keys below ``runs``."""
     keys = (key for key in found if key.count("/") == 1 and key.endswith(".json"))
     return sorted(key.removeprefix("runs/").removesuffix(".json") for key in keys)
 
@@ -200,7 +199,7 @@ class Ledger:
         with self._committing():
             manifest = pq.ParquetFile(io.BytesIO(self.store.read(shard.key, shard.sha256)))
             batches = manifest.iter_batches(GROUP_ROWS)
-            ledger = (_unchanged(pa.Table.from_batches([batch]), self.run_id) for batch in batches)
+            ledger = (unchanged_rows(pa.Table.from_batches([batch]), self.run_id) for batch in batches)
             self._commit(shard, ledger, {}, Tally())
 
     @contextmanager
@@ -219,7 +218,8 @@ class Ledger:
         # Before the ledger: the file that they are read from takes memory while it is.
         listed = pq.read_table(io.BytesIO(self.store.read(shard.key, shard.sha256)), columns=["image_id"])["image_id"]
         body, tables["ledger"] = write_ledger(ledger)
-        self._reconcile(shard, listed, tables, tally)
+        reconcile(shard, listed, tables, tally)
+        check_outage(shard, tally, self.max_outage)
         folder = f"{attempts_prefix(self.run_id)}/shard-{shard.index:05d}/merged-{self.epoch:06d}"
         files = [
             self._write_merged(shard, folder, name, table.num_rows, body if name == "ledger" else table_bytes(table))
@@ -250,53 +250,6 @@ class Ledger:
                 bodies = readers.map(lambda file: self.store.read(*file[1:]), files[first : first + READERS])
                 # Here, in one thread: what each of many allocates it keeps.
                 yield pa.concat_tables(pq.read_table(io.BytesIO(body), use_threads=False) for body in bodies)
-
-    def _reconcile(self, shard: Shard, listed: pa.ChunkedArray, tables: dict[str, pa.Table], tally: Tally) -> None:
-        """Rows = distinct ids = manifest rows, the very same ids; the other tables hold what the ledger says."""
-        ledger = tables["ledger"]
-        # A listing names no id twice, so equal columns say all of it; a hash of every id would take most of the memory.
-        if not ledger["image_id"].equals(listed):
-            distinct = pc.count_distinct(ledger["image_id"]).as_py()
-            if not ledger.num_rows == distinct == len(listed):
-                raise RunError(
-                    f"shard {shard.index} does not add up: {len(listed)} images listed, "
-                    f"{ledger.num_rows} ledger rows, {distinct} distinct ids"
-                )
-            raise RunError(
-                f"shard {shard.index}: the ledger holds images that the manifest does not list, or in another order"
-            )
-        tally.add_outcomes(_value_counts(ledger["outcome"]))
-        tally.add_errors(_value_counts(ledger["error_code"].drop_null()))
-        tally.add_skips(_value_counts(ledger["skip_reason"].drop_null()))
-        tally.add_taken(_taken(ledger, tables["flagged"]))
-        tally.add_categories(_by_nets(tables["flagged"]))
-        assert tally.listed == shard.images
-        self._check_outage(shard, tally)
-        for outcome, name in (("flagged", "flagged"), ("error", "errors")):
-            decided = ledger.filter(pc.equal(ledger["outcome"], outcome))["image_id"]
-            found = pc.unique(tables[name]["image_id"])
-            if len(found) != len(decided) or not pc.all(pc.is_in(found, decided), min_count=0).as_py():
-                raise RunError(
-                    f"shard {shard.index}: the ledger counts {len(decided)} images as {outcome}, table {name} holds "
-                    f"{len(found)}, or others"
-                )
-        audited = ledger.filter(pc.is_in(ledger["image_id"], pc.unique(tables["audit"]["image_id"])))
-        cleared = audited.filter(pc.equal(audited["outcome"], "cleared"))["image_id"]
-        if not pc.all(pc.is_in(tables["audit"]["image_id"], cleared), min_count=0).as_py():
-            raise RunError(f"shard {shard.index}: table audit holds images that the ledger does not count as cleared")
-        for name, key in (("flagged", ["image_id", "category"]), ("errors", ["image_id"]), ("audit", ["image_id"])):
-            if tables[name].group_by(key).aggregate([]).num_rows != tables[name].num_rows:
-                raise RunError(f"shard {shard.index}: table {name} holds rows twice")
-
-    def _check_outage(self, shard: Shard, tally: Tally) -> None:
-        """A store or a decoder that is down must not end as a complete run full of errors."""
-        failed = {code: tally.errors[code] for code in OUTAGE if code in tally.errors}
-        if sum(failed.values()) > self.max_outage * shard.images:
-            counts = ", ".join(f"{images} {code}" for code, images in failed.items())
-            raise RunError(
-                f"shard {shard.index}: {counts} of {shard.images} images, over the limit of {self.max_outage:g}; "
-                "mend the store or the workers, or raise --max-outage"
-            )
 
     def _write_merged(self, shard: Shard, folder: str, name: str, rows: int, body: bytes) -> dict[str, Any]:
         self.store.write(f"{folder}/{name}.parquet", body)
@@ -396,34 +349,3 @@ def sweep_attempts(store: Store, run_id: str) -> None:
     # Shard by shard: of a night's billion images there are millions of attempts.
     for folder in store.folders(attempts_prefix(run_id)):
         store.delete(list(store.sizes(f"{attempts_prefix(run_id)}/{folder}")))
-
-
-def _unchanged(manifest: pa.Table, run_id: str) -> pa.Table:
-    """Ledger rows of objects whose earlier verdict stands."""
-    rows = manifest.num_rows
-    there = ("image_id", "shard", "ordinal", "sha256", "judged_run_id", "judged_outcome")
-    given = {name: manifest[name] for name in there} | {"source_uri": manifest["uri"]}
-    for name, value in (("run_id", run_id), ("outcome", "skipped"), ("skip_reason", UNCHANGED)):
-        given[name] = pa.repeat(value, rows)
-    columns = [given.get(field.name, pa.nulls(rows, field.type)) for field in schema.LEDGER]
-    return pa.table(columns, schema=schema.LEDGER)
-
-
-def _taken(ledger: pa.Table, flagged: pa.Table) -> dict[str, int]:
-    """Images that were flagged without a test: because of their content, and by the bank that they match."""
-    content = pc.and_(pc.equal(ledger["outcome"], "flagged"), pc.is_valid(ledger["judged_run_id"]))
-    own = pc.and_(pc.is_valid(flagged["match_bank"]), pc.is_null(flagged["judged_run_id"]))
-    matched = flagged.filter(own).group_by(["image_id", "match_bank"]).aggregate([])
-    counts = {f"match {bank}": images for bank, images in _value_counts(matched["match_bank"]).items()}
-    known = pc.sum(content).as_py() or 0
-    return counts | ({"known content": known} if known else {})
-
-
-def _by_nets(flagged: pa.Table) -> dict[str, int]:
-    """Images by category in which nets flagged them, and neither a bank nor a run before."""
-    own = flagged.filter(pc.and_(pc.is_null(flagged["match_bank"]), pc.is_null(flagged["judged_run_id"])))
-    return _value_counts(own["category"])
-
-
-def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
-    return {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}

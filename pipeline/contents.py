@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import io
 from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline import commit
-from pipeline.schema import CONTENTS, FINDING, FLAGGED
-from pipeline.source import JOIN
+from pipeline.ordering import RUN_ROWS, Sorter
+from pipeline.schema import CONTENTS, EARLIER, FINDING, FLAGGED, RANKED_CONTENT
 from pipeline.store import Store, digest
 
-PART_ROWS = 2_000_000
 CONTENTS_FILE = "contents-"
 """How the names of the parts begin."""
-# Of each content one verdict: where its copies disagree, as their companions may make them, it was flagged.
-_JUDGED = """
-    SELECT DISTINCT ON (sha256) sha256, judged_run_id AS run_id, judged_outcome AS outcome, image_id
-    FROM '{folder}/*.parquet' WHERE sha256 IS NOT NULL AND judged_run_id IS NOT NULL
-    ORDER BY sha256, judged_outcome = 'flagged' DESC, image_id
-"""
+ORDER = ("sha256", "ascending"), ("outcome", "descending"), ("image_id", "ascending")
+"""Of each content the first counts: where its copies disagree, as their companions may make them, it was flagged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,51 +87,98 @@ def _open(store: Store, part: Part) -> _OpenPart:
 
 def write_contents(earlier: Path, store: Store, prefix: str) -> tuple[Part, ...]:
     """``earlier``: a folder of ``schema.EARLIER`` files. Writes the parts below ``prefix``."""
+    findings = _Findings.read(earlier, store)
+    sorter = Sorter(earlier / "sort", RANKED_CONTENT, ORDER)
+    for rows in _judged(earlier):
+        sorter.add(_ranked(rows))
     parts: list[Part] = []
-    with duckdb.connect(config=JOIN | {"temp_directory": f"{earlier}/sort"}) as connection:
-        for rows in _batches(connection.sql(_JUDGED.format(folder=earlier))):
-            table = _with_findings(rows, store)
-            if not table.num_rows:
-                continue
-            buffer = io.BytesIO()
-            pq.write_table(table, buffer, compression="zstd")
-            key = f"{prefix}/{CONTENTS_FILE}{len(parts):05d}.parquet"
-            store.write(key, buffer.getvalue())
-            parts.append(Part(key=key, sha256=digest(buffer.getvalue()), first=table["sha256"][0].as_py()))
+    for rows in sorter.read():
+        table = _with_findings(_once(rows), findings)
+        if not table.num_rows:
+            continue
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        key = f"{prefix}/{CONTENTS_FILE}{len(parts):05d}.parquet"
+        store.write(key, buffer.getvalue())
+        parts.append(Part(key=key, sha256=digest(buffer.getvalue()), first=table["sha256"][0].as_py()))
     return tuple(parts)
 
 
-def _batches(relation: duckdb.DuckDBPyRelation) -> Iterator[pa.Table]:
-    """``PART_ROWS`` at a time: DuckDB's own batches may be smaller."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in relation.to_arrow_reader(PART_ROWS):
-        waiting.append(batch)
-        if sum(len(part) for part in waiting) >= PART_ROWS:
-            yield pa.Table.from_batches(waiting)
-            waiting = []
-    if waiting:
-        yield pa.Table.from_batches(waiting)
+def _judged(earlier: Path, outcome: str | None = None) -> Iterator[pa.Table]:
+    """Rows of content that somebody has judged, some at a time. ``outcome``: of this one only."""
+    wanted = pc.is_valid(pc.field("sha256")) & pc.is_valid(pc.field("judged_run_id"))
+    if outcome is not None:
+        wanted &= pc.field("judged_outcome") == outcome
+    files = ds.dataset(sorted(map(str, earlier.glob("*.parquet"))), schema=EARLIER, format="parquet")
+    # Nothing ahead: what is read early waits in memory.
+    reader = files.scanner(
+        filter=wanted, batch_size=RUN_ROWS, use_threads=False, batch_readahead=0, fragment_readahead=1
+    )
+    return (pa.Table.from_batches([batch]) for batch in reader.to_batches())
 
 
-def _with_findings(rows: pa.Table, store: Store) -> pa.Table:
+def _ranked(rows: pa.Table) -> pa.Table:
+    """``schema.RANKED_CONTENT``: digests are uniform as they are, and their first eight bytes sort as all of them."""
+    heads = "".join(pc.utf8_slice_codeunits(rows["sha256"], 0, 16).to_pylist())
+    rank_N = (np.frombuffer(bytes.fromhex(heads), ">u8").astype(np.uint64) ^ np.uint64(1 << 63)).view(np.int64)
+    columns = [pa.array(rank_N), *(rows[name] for name in ("sha256", "judged_run_id", "judged_outcome", "image_id"))]
+    return pa.table(columns, schema=RANKED_CONTENT)
+
+
+def _once(rows: pa.Table) -> pa.Table:
+    """Of rows in order the first of each content."""
+    digests = rows["sha256"]
+    other = pc.not_equal(digests.slice(1), digests.slice(0, max(0, len(rows) - 1)))
+    return rows.filter(pa.chunked_array([pa.array([True] * min(1, len(rows))), *other.chunks], pa.bool_()))
+
+
+def _with_findings(rows: pa.Table, findings: _Findings) -> pa.Table:
     """Without flagged content whose findings nobody has any more: that is tested again."""
     is_flagged = pc.equal(rows["outcome"], "flagged")
-    found = _findings(store, rows.filter(is_flagged))
-    place = pc.index_in(rows["image_id"], pa.array(list(found), pa.string()))
-    findings = pa.array(list(found.values()), pa.list_(FINDING)).take(place)
-    table = pa.table([rows["sha256"], rows["run_id"], rows["outcome"], findings], schema=CONTENTS)
+    found = findings.of(pc.if_else(is_flagged, rows["image_id"], pa.scalar(None, pa.string())))
+    table = pa.table([rows["sha256"], rows["run_id"], rows["outcome"], found], schema=CONTENTS)
     return table.filter(pc.or_(pc.invert(is_flagged), pc.is_valid(table["findings"])))
 
 
-def _findings(store: Store, flagged: pa.Table) -> Mapping[str, list[dict[str, Any]]]:
-    """By image id, from the tables of the runs that flagged them."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for run_id in flagged["run_id"].unique().to_pylist():
-        wanted = flagged.filter(pc.equal(flagged["run_id"], run_id))["image_id"].combine_chunks()
-        record = commit.read_json(store, commit.record_key(run_id))
-        for file in commit.files_of("flagged", record["files"]) if record else []:
-            body = io.BytesIO(store.read(file["path"], file["sha256"]))
-            rows = pq.read_table(body, schema=FLAGGED, filters=pc.is_in(pc.field("image_id"), wanted))
-            for row in rows.to_pylist():
-                found[row["image_id"]].append({field.name: row[field.name] for field in FINDING})
-    return found
+@dataclass(frozen=True)
+class _Findings:
+    """What each flagged image was flagged for, by the tables of the run that did."""
+
+    image_id: pa.Array
+    findings: pa.ListArray
+
+    @staticmethod
+    def read(earlier: Path, store: Store) -> _Findings:
+        """Each run's files once, however many parts there will be."""
+        empty = pa.table({"run_id": pa.array([], pa.string()), "image_id": pa.array([], pa.string())})
+        flagged = pa.concat_tables(
+            [empty, *(pa.table({"run_id": rows["judged_run_id"], "image_id": rows["image_id"]})
+                      for rows in _judged(earlier, "flagged"))]
+        )  # fmt: skip
+        tables = [FLAGGED.empty_table().select(["image_id", *FINDING.names])]
+        for run_id in flagged["run_id"].unique().to_pylist():
+            wanted = flagged.filter(pc.equal(flagged["run_id"], run_id))["image_id"].combine_chunks()
+            tables += _rows_of(store, run_id, wanted)
+        return _Findings._of_rows(pa.concat_tables(tables))
+
+    @staticmethod
+    def _of_rows(rows: pa.Table) -> _Findings:
+        rows = rows.take(pc.sort_indices(rows, [("image_id", "ascending")])).combine_chunks()  # stable
+        counts = rows["image_id"].value_counts()  # in the order in which they come
+        offsets = np.concatenate([[0], np.cumsum(counts.field("counts"))]).astype(np.int32)
+        columns = [rows[name].combine_chunks() for name in FINDING.names]
+        each = pa.StructArray.from_arrays(columns, fields=list(FINDING))
+        return _Findings(counts.field("values"), pa.ListArray.from_arrays(pa.array(offsets), each))
+
+    def of(self, image_id: pa.ChunkedArray) -> pa.ChunkedArray:
+        """A list for each; null where there is none."""
+        return self.findings.take(pc.index_in(image_id, self.image_id, skip_nulls=True))
+
+
+def _rows_of(store: Store, run_id: str, wanted: pa.Array) -> Iterator[pa.Table]:
+    """Rows of the run's findings on these images."""
+    record = commit.read_json(store, commit.record_key(run_id))
+    for file in commit.files_of("flagged", record["files"]) if record else []:
+        body = io.BytesIO(store.read(file["path"], file["sha256"]))
+        rows = pq.read_table(body, schema=FLAGGED, filters=pc.is_in(pc.field("image_id"), wanted))
+        yield rows.select(["image_id", *FINDING.names])

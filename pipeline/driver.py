@@ -26,15 +26,16 @@ from pipeline.exporter import Exporter
 from pipeline.failure import one_line
 from pipeline.fetch import Fetcher
 from pipeline.flow import Destination, pools, stream, window_refs
-from pipeline.heartbeat import Heartbeat
+from pipeline.heartbeat import Heartbeat, of_driver
 from pipeline.limits import Budget, Limits
+from pipeline.manifest import Shard
 from pipeline.nets import Models
 from pipeline.plan import Plan
 from pipeline.policy import frozen_policy
 from pipeline.prices import Meter, cost_of, resources
 from pipeline.progress import Progress
 from pipeline.quality import judge_run
-from pipeline.source import Shard
+from pipeline.records import PastRuns
 from pipeline.storage import redact
 from pipeline.store import Store
 from pipeline.tally import relative_cost, stage_rows
@@ -70,8 +71,10 @@ class Driver:
         alarms: float | None = None,
         fetcher: Callable[..., Fetcher] = Fetcher,
         prices: dict[str, Any] | None = None,
+        past: PastRuns | None = None,
     ) -> None:
         self.store = store
+        self.past = past or PastRuns(store)
         self.endpoint_url = endpoint_url
         self.run_id = run_id
         self.frozen = frozen
@@ -97,7 +100,7 @@ class Driver:
             self._write_status("running", began)
             startup = self._stream(began, session)
             record = self._record("complete", began, startup, self._judge(labels))
-            record = self.ledger.complete(record | drift(self.store, record, self.alarms))
+            record = self.ledger.complete(record | drift(self.past, record, self.alarms))
             self._ended("suspect" if record.get("suspect") else "complete", record)
             return record
 
@@ -168,11 +171,13 @@ class Driver:
         return judge_run(self.store, commit.files_of("ledger", self.ledger.files), labels).to_json()
 
     def _write_status(self, status: str, began: float, **more: Any) -> dict[str, Any]:
-        content = self._record(status, began, None, None) | more
+        return self._put_status(self._record(status, began, None, None) | more)
+
+    def _put_status(self, content: dict[str, Any]) -> dict[str, Any]:
         self.exporter.stands(content)
         # Written after every shard: with the files of all shards before, it would grow with each.
-        del content["files"]
-        commit.write_json(self.store, commit.status_key(self.run_id), content)
+        short = {name: value for name, value in content.items() if name != "files"}
+        commit.write_json(self.store, commit.status_key(self.run_id), short)
         return content
 
     def _record(
@@ -228,7 +233,7 @@ class Driver:
 
     def _heartbeat(self) -> Heartbeat:
         listed = self.frozen["listed"]
-        return Heartbeat(self.store, self.run_id, self.ledger.epoch, listed, lambda: self.decided, self._beat)
+        return of_driver(self.store, self.run_id, self.ledger.epoch, listed, lambda: self.decided, self._beat)
 
     def _beat(self, beat: dict[str, Any]) -> None:
         self.exporter.beat(beat, self.frozen)
@@ -251,10 +256,11 @@ class Driver:
             raise RunStopped(f"run {self.run_id!r} stopped: {stop}; {self._again()}") from None
         except (KeyboardInterrupt, Exception) as error:
             line = one_line(error)
+            record = self._record("failed", began, None, None) | {"failure": line}
             # When the output itself is what failed, the line below has to do.
             with suppress(BaseError, OSError):
-                self._record_failure(line, began)
-            self._ended("failed", self._record("failed", began, None, None), reason=line)
+                self._put_failure(record)
+            self._ended("failed", record, reason=line)
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise RunError(f"run {self.run_id!r} failed: {line}; {self._again()}") from error
@@ -262,7 +268,7 @@ class Driver:
     def _again(self) -> str:
         return f"start it again with --run-id {self.run_id} to go on"
 
-    def _record_failure(self, line: str, began: float) -> None:
+    def _put_failure(self, record: dict[str, Any]) -> None:
         if self.ledger.is_current():
-            self._write_status("failed", began, failure=line)
+            self._put_status(record)
             self.store.write(commit.failure_key(self.run_id), redact(traceback.format_exc()).encode())

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pipeline import commit
 from pipeline.errors import UsageError
 from pipeline.inventory import scope
+from pipeline.records import PastRuns
 from pipeline.schema import EARLIER, LEDGER
 from pipeline.store import Store
 
@@ -37,17 +38,17 @@ def find_earlier(store: Store, since: str, source: str, decides: Mapping[str, An
                 "name a run over the whole source"
             )
         return record
-    records = (commit.read_json(store, commit.record_key(run_id)) for run_id in commit.complete_runs(store))
+    past = PastRuns(store)
     comparable = [
         record
-        for record in records
-        if record is not None
-        and record["parent_run_id"] is None
-        and scope(record["source"]) == scope(source)
-        and compares(record, decides)
+        for record in past.whole(commit.recorded(past.found))
+        if record["parent_run_id"] is None and scope(record["source"]) == scope(source) and compares(record, decides)
     ]
-    newest_first = sorted(comparable, key=lambda record: record["started_at"], reverse=True)
-    return next((record for record in newest_first if _stands(store, record)), None)
+    for candidate in sorted(comparable, key=lambda record: record["started_at"], reverse=True):
+        record = commit.read_json(store, commit.record_key(candidate["run_id"]))  # with its files
+        if record is not None and _stands(store, record):
+            return record
+    return None
 
 
 def judged_otherwise(store: Store, judged_by: Mapping[str, int], decides: Mapping[str, Any]) -> int:

@@ -23,10 +23,10 @@ from pipeline.contents import CONTENTS_FILE
 from pipeline.decisions import read_decisions, read_each, review_files
 from pipeline.errors import RunError, UsageError
 from pipeline.leases import LEASES, image_of
+from pipeline.manifest import manifest_bytes
 from pipeline.plan import parse_plan
 from pipeline.report import write_report
 from pipeline.sink import table_bytes
-from pipeline.source import manifest_bytes
 from pipeline.store import Store, digest
 
 

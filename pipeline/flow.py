@@ -23,6 +23,7 @@ from pipeline.device import accelerator
 from pipeline.errors import RunError
 from pipeline.examples import PictureReader
 from pipeline.fetch import Fetcher
+from pipeline.manifest import Shard
 from pipeline.nets import Models
 from pipeline.plan import Plan, Pool
 from pipeline.policy import REVIEW_ALL, Policy
@@ -40,7 +41,6 @@ from pipeline.rows import (
     build_stage,
 )
 from pipeline.sink import Sink
-from pipeline.source import Shard
 from pipeline.store import Store
 from pipeline.watch import Watch
 

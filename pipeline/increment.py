@@ -9,11 +9,21 @@ Both tables may be larger than memory; DuckDB joins them out of core.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.schema import RANKED
+from pipeline.source import LISTED_CHUNK
+
+JOIN: dict[str, Any] = {"memory_limit": "512MB", "threads": 2, "preserve_insertion_order": "false"}
+"""What does not fit it joins on disk, and each of many threads would want memory of its own."""
 
 # What has become of the listed objects, image ids once each, and which run judged the unchanged ones.
 _COUNTS = """
@@ -61,20 +71,33 @@ class Increment:
     """Of the unchanged ones: how many each run has judged."""
 
 
-def match(connection: duckdb.DuckDBPyConnection, listed: Path, earlier: Earlier) -> None:
-    """Makes the tables ``listed``, of a folder of Parquet files, and ``earlier``."""
+def compare(
+    listed: Iterable[pa.Table], earlier: Earlier, folder: Path, take: Callable[[pa.Table], None]
+) -> Increment | None:
+    """Hands ``take`` every listed row (``schema.LISTED``) as ``schema.RANKED``, with the verdict that stands, if one
+    does. None when nothing is listed. ``folder``: for what does not fit into memory."""
+    there = folder / "listed"
+    there.mkdir()
+    for number, table in enumerate(listed):
+        pq.write_table(table, there / f"{number:06d}.parquet")
+    if not any(there.iterdir()):
+        return None
+    with duckdb.connect(config=JOIN | {"temp_directory": f"{folder}/join"}) as connection:
+        _name(connection, there, earlier)
+        for batch in connection.sql(_JUDGED).to_arrow_reader(LISTED_CHUNK):
+            take(pa.Table.from_batches([batch]).cast(RANKED))
+        return _count(connection)
+
+
+def _name(connection: duckdb.DuckDBPyConnection, listed: Path, earlier: Earlier) -> None:
+    """Makes the views ``listed``, of a folder of Parquet files, and ``earlier``."""
     connection.execute(f"CREATE VIEW earlier AS SELECT * FROM '{earlier.folder}/*.parquet'")
     moment = f"TIMESTAMPTZ '{earlier.listed_at.isoformat()}'"
     traceable = f"etag IS NOT NULL AND (modified_at IS NULL OR modified_at < {moment})"
     connection.execute(f"CREATE VIEW listed AS SELECT *, {traceable} AS traceable FROM '{listed}/*.parquet'")
 
 
-def judged(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
-    """Every listed row, with the verdict that stands, if one does."""
-    return connection.sql(_JUDGED)
-
-
-def count(connection: duckdb.DuckDBPyConnection) -> Increment:
+def _count(connection: duckdb.DuckDBPyConnection) -> Increment:
     counts = connection.execute(_COUNTS).fetchall()
     gone = connection.execute(_DELETED).fetchone()
     assert gone is not None

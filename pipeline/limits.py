@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from pipeline.errors import RunStopped, UsageError
-from pipeline.source import Shard
+from pipeline.manifest import Shard
 from pipeline.tally import Tally
 
 CLOCK = re.compile(r"([01]\d|2[0-3]):([0-5]\d)")

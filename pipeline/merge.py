@@ -1,6 +1,7 @@
-"""A shard's ledger, from its attempts to one file, some rows at a time: all of a million would take most of a gigabyte.
+"""A shard's ledger as one file, from its attempts or, where earlier runs have judged it all, from its manifest.
 
-What is kept of every row is what the shard is reconciled by.
+It is made some rows at a time: all of a million would take most of a gigabyte. What is kept of every row is what the
+shard is reconciled by.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.schema import LEDGER, SORT_KEYS
+from pipeline.window import UNCHANGED
 
 GROUP_ROWS = 1 << 15
 """Rows that are written at one time."""
@@ -31,6 +33,17 @@ def in_order(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
         # Filtered rows are copies, where slices would hold on to the tables they are of.
         held = pa.concat_tables([held.filter(pc.invert(below)), part]).sort_by(SORT_KEYS["ledger"])
     yield held
+
+
+def unchanged_rows(manifest: pa.Table, run_id: str) -> pa.Table:
+    """Ledger rows of objects whose earlier verdict stands."""
+    rows = manifest.num_rows
+    there = ("image_id", "shard", "ordinal", "sha256", "judged_run_id", "judged_outcome")
+    given = {name: manifest[name] for name in there} | {"source_uri": manifest["uri"]}
+    for name, value in (("run_id", run_id), ("outcome", "skipped"), ("skip_reason", UNCHANGED)):
+        given[name] = pa.repeat(value, rows)
+    columns = [given.get(field.name, pa.nulls(rows, field.type)) for field in LEDGER]
+    return pa.table(columns, schema=LEDGER)
 
 
 def write_ledger(rows: Iterable[pa.Table]) -> tuple[bytes, pa.Table]:

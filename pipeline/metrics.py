@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from prometheus_client import Metric as Family
+from prometheus_client import generate_latest
+from prometheus_client.registry import Collector
+
 from pipeline.tally import Tally
 
 
@@ -42,7 +46,7 @@ METRICS = {
     "dorfman_commit_seconds": Metric(
         "histogram", ("plan",), "Seconds that a shard's commit took.", (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
     ),
-    "dorfman_run_listed": Metric("gauge", _RUN, "Images that the run lists."),
+    "dorfman_run_listed": Metric("gauge", _RUN, "Images that the run lists, or has listed so far."),
     "dorfman_run_images": Metric("gauge", (*_RUN, "outcome"), "Images of the run that are committed, by outcome."),
     "dorfman_run_errors": Metric("gauge", (*_RUN, "code"), "Images of the run without a verdict, by error code."),
     "dorfman_run_group_positive_rate": Metric(
@@ -127,25 +131,31 @@ def of_heartbeat(beat: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator
     yield Sample("dorfman_run_decided", run, beat["decided"])
 
 
+def of_listing(beat: Mapping[str, Any]) -> Iterator[Sample]:
+    """Gauges of a driver that lists its source."""
+    run = _named(beat)
+    yield Sample("dorfman_run_listed", run, beat["listed"])
+    yield Sample("dorfman_run_started_timestamp_seconds", run, _moment(beat["started_at"]))
+    yield Sample("dorfman_run_heartbeat_timestamp_seconds", run, _moment(beat["updated_at"]))
+
+
+class _Told(Collector):
+    """Samples as prometheus_client wants them: each metric's together."""
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self.families = {
+            name: Family(name.removesuffix("_total"), metric.meaning, metric.kind) for name, metric in METRICS.items()
+        }
+        for sample in samples:
+            self.families[sample.name].add_sample(sample.name, dict(sample.labels), sample.value)
+
+    def collect(self) -> Iterator[Family]:
+        return (family for family in self.families.values() if family.samples)
+
+
 def exposition(samples: Iterable[Sample]) -> str:
-    """Prometheus' text format, version 0.0.4: each metric's samples together, as it demands."""
-    by_name: dict[str, list[Sample]] = {}
-    for sample in samples:
-        by_name.setdefault(sample.name, []).append(sample)
-    lines = []
-    for name, metric in METRICS.items():
-        if name in by_name:
-            lines += [f"# HELP {name} {metric.meaning}", f"# TYPE {name} {metric.kind}"]
-            lines += [f"{name}{{{_labels(sample.labels)}}} {sample.value!r}" for sample in by_name[name]]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _labels(labels: Mapping[str, str]) -> str:
-    return ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    """Counters and gauges in Prometheus' text format, version 0.0.4."""
+    return generate_latest(_Told(samples)).decode()
 
 
 def _named(record: Mapping[str, Any]) -> dict[str, str]:

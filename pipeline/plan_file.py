@@ -9,11 +9,12 @@ import numpy as np
 import yaml
 
 from pipeline.burst import burst_rule
+from pipeline.field import Field
 from pipeline.layout import BATCH_IMAGES, windows_per_call
 from pipeline.plan import Actors, BurstRule, Certificate, Plan, Pool, Preparation, StageSpec, WindowSpec
 from pipeline.proposal import Judged, Proposal, Request
+from pipeline.routes import Route
 from pipeline.scores import Candidate, Scores, to_scores
-from pipeline.search import Field, Route
 
 FETCH_CPUS = 0.5
 WRITE_CPUS = 0.25

@@ -14,12 +14,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from models.intervals import interval
+from pipeline.field import Field
+from pipeline.formulas import PERFECT, hierarchical, split_evenly
 from pipeline.plan import Plan
 from pipeline.plan_file import PREVALENCES
-from pipeline.planner import PERFECT, hierarchical, split_evenly
 from pipeline.proposal import Judged, Proposal
 from pipeline.scores import Scores
-from pipeline.search import Field
 
 OFFSETS = np.linspace(-2, 5, 57)
 UNITS = {"gmac": "GMAC", "seconds": "seconds"}

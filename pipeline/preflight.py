@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.fetch import Fetcher, WindowRef, open_manifest
+from pipeline.manifest import Shard
 from pipeline.plan import Preparation
-from pipeline.source import Shard
 from pipeline.storage import parse_uri
 from pipeline.store import Store, check_writable
 

@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.table import Table
 
 from pipeline.events import Events, told_as_json
+from pipeline.manifest import Shard
 from pipeline.plan import Plan
 from pipeline.prices import cost_rows
-from pipeline.source import Shard
 from pipeline.tally import Tally, stage_rows
 from pipeline.window import KNOWN_CONTENT
 

@@ -19,8 +19,10 @@ from scipy.stats import binom
 
 from pipeline.calibration import Prevalence, certified_offset, misses_allowed, positives_needed, recall_bound
 from pipeline.errors import UsageError
+from pipeline.field import Field, Spent, priced
+from pipeline.peeling import Shape, cross_fitted, peel, spread_evenly
+from pipeline.routes import Route, routes
 from pipeline.scores import Cost, Scores
-from pipeline.search import Field, Route, Shape, Spent, cross_fitted, peel, priced, routes, spread_evenly
 
 PEELED = 40
 """Routes that are worth peeling, of those that even thresholds rank; and as many of each kind as are shown."""

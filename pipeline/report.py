@@ -29,7 +29,9 @@ from pipeline.bank import OPERATOR as MATCH
 from pipeline.codes import CODES
 from pipeline.decode import Decoder
 from pipeline.histogram import PLOT_HEIGHT, PLOT_WIDTH, SCORE_TICKS, Scores, axis_position
+from pipeline.history import read_history
 from pipeline.plan import Plan
+from pipeline.records import PastRuns
 from pipeline.storage import parse_uri, read_object, reason
 from pipeline.store import Store
 from pipeline.thresholds import AUDITED, SCORES, OtherThresholds
@@ -56,11 +58,12 @@ def write_report(
     *,
     thumbnails: bool,
     labels: pa.Table | None = None,
+    past: PastRuns | None = None,
 ) -> str:
     """Writes ``runs/<run_id>/report.html`` from a complete run's record and tables; returns its uri.
 
     ``thumbnails`` fetches the flagged pictures it shows once more; what cannot be shown says why. ``labels``: what the
-    run's images are, to say what other thresholds would have done.
+    run's images are, to say what other thresholds would have done. ``past``: where its runs have been read before.
     """
     scores, best = Scores(plan.stages), schema.FLAGGED.empty_table().select(TOP_COLUMNS)
     thresholds, actions = OtherThresholds(plan, labels), Counter[tuple[str, str]]()
@@ -82,7 +85,7 @@ def write_report(
     for file in _files(record, "audit"):
         thresholds.add_audit(_read(store, file, schema.AUDIT, AUDITED))
     top = best.to_pylist()
-    history = trends.read_history(store, record)
+    history = read_history(past or PastRuns(store), record)
     funnel, funnel_scale = _bars(list(_funnel(record)), ("images_in", "images_out"))
     page = _environment().get_template("report.html.j2").render(
         record=record,

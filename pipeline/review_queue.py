@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pipeline import commit, schema
 from pipeline.errors import UsageError
 from pipeline.plan import Preparation
+from pipeline.records import PastRuns
 from pipeline.storage import parse_uri, read_object
 from pipeline.store import Store
 from pipeline.visible import visible
@@ -108,9 +109,9 @@ def _clearing(row: dict[str, Any], categories: tuple[str, ...]) -> Iterator[dict
 
 def newest_run(store: Store) -> str:
     """The complete run that was started last. Raises UsageError when there is none."""
-    written = commit.newest_runs(store.objects("runs"))[:LOOKED_AT]
-    records = [commit.read_json(store, commit.record_key(run_id)) for run_id in written]
-    started = {record["run_id"]: datetime.fromisoformat(record["started_at"]) for record in records if record}
+    past = PastRuns(store)
+    records = past.whole(past.newest(LOOKED_AT))
+    started = {record["run_id"]: datetime.fromisoformat(record["started_at"]) for record in records}
     if not started:
         raise UsageError(f"there is no complete run in {store.name}: scan first, or name another --output")
     return max(started, key=lambda run_id: (started[run_id], run_id))

@@ -13,12 +13,13 @@ from rich.table import Table
 from pipeline import commit
 from pipeline.baseline import describe, stands_suspect
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
-from pipeline.heartbeat import STALE_SECONDS, newest_heartbeat
-from pipeline.metrics import Sample, of_heartbeat, of_run
+from pipeline.heartbeat import STALE_SECONDS, newest_heartbeat, newest_listing
+from pipeline.metrics import Sample, of_heartbeat, of_listing, of_run
 from pipeline.store import Store
 
 POLL_SECONDS = 5.0
-GOING = ("running", "stale")
+ALIVE = ("listing", "running")
+GOING = (*ALIVE, "stale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class Run:
 
     run_id: str
     state: str
-    """running, stale (its driver has given no sign of life for minutes), complete, suspect, failed or stopped."""
+    """listing (its source), running, stale (its driver has given no sign of life for minutes), complete, suspect,
+    failed or stopped."""
     started_at: str
     listed: int
     decided: int
@@ -47,8 +49,8 @@ class Run:
 
 def list_runs(store: Store, limit: int) -> list[Run]:
     """The newest runs of an output, newest first, of those ``limit`` that were written to last."""
-    runs = [read_run(store, run_id) for run_id in _newest(store, limit)]
-    return sorted(runs, key=lambda run: run.started_at, reverse=True)
+    runs = [read_run(store, run_id) for run_id in _newest(store, limit)] + list(map(_of_listing, _listings(store)))
+    return sorted(runs, key=lambda run: run.started_at, reverse=True)[:limit]
 
 
 def _newest(store: Store, limit: int) -> list[str]:
@@ -60,17 +62,50 @@ def _newest(store: Store, limit: int) -> list[str]:
     return sorted(written, key=lambda run_id: (written[run_id], run_id), reverse=True)[:limit]
 
 
+def _listings(store: Store) -> list[dict[str, Any]]:
+    """Of runs that have left nothing below ``runs/`` yet, because somebody lists their source, or did."""
+    begun = {key.split("/")[1].removesuffix(".json") for key in store.sizes("runs")}
+    beats = [newest_listing(store, run_id) for run_id in store.folders("_state") if run_id not in begun]
+    return [beat for beat in beats if beat is not None]
+
+
 def read_run(store: Store, run_id: str) -> Run:
     """Raises UsageError when there is none."""
-    return _view(store, *_read(store, run_id))
+    found = _read(store, run_id)
+    if found is not None:
+        return _view(store, *found)
+    beat = newest_listing(store, run_id)
+    if beat is None:
+        raise UsageError(f"there is no run {run_id!r} in {store.name}")
+    return _of_listing(beat)
 
 
-def _read(store: Store, run_id: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _read(store: Store, run_id: str) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
     """A run's record, or its status where it has none, and the heartbeat of one that goes on."""
     record = commit.read_json(store, commit.record_key(run_id)) or commit.read_json(store, commit.status_key(run_id))
     if record is None:
-        raise UsageError(f"there is no run {run_id!r} in {store.name}, or it is still listing its source")
+        return None
     return record, newest_heartbeat(store, run_id) if record["status"] == "running" else None
+
+
+def _of_listing(beat: Mapping[str, Any]) -> Run:
+    seconds = (datetime.fromisoformat(beat["updated_at"]) - datetime.fromisoformat(beat["started_at"])).total_seconds()
+    silent = _age(beat["updated_at"])
+    return Run(
+        run_id=beat["run_id"],
+        state="listing" if silent < STALE_SECONDS else "stale",
+        started_at=beat["started_at"],
+        listed=beat["listed"],
+        decided=0,
+        flagged=0,
+        errors=0,
+        relative_cost=None,
+        seconds=seconds,
+        silent_seconds=silent,
+        images_per_s=0.0,
+        ends_at=None,
+        why=None,
+    )
 
 
 def _view(store: Store, record: Mapping[str, Any], beat: Mapping[str, Any] | None) -> Run:
@@ -111,11 +146,11 @@ def follow(store: Store, run_id: str, say: Callable[[Run], None], pause: Callabl
     said = None
     while True:
         run = read_run(store, run_id)
-        seen = (run.state, run.decided, run.flagged, run.errors)
+        seen = (run.state, run.listed, run.decided, run.flagged, run.errors)
         if seen != said:
             say(run)
             said = seen
-        if run.state != "running":
+        if run.state not in ALIVE:
             return ended(run)
         pause(POLL_SECONDS)
 
@@ -139,14 +174,22 @@ def ended(run: Run) -> Run:
 def samples(store: Store, limit: int) -> Iterator[Sample]:
     """Gauges of the newest runs: what a Prometheus sees of them when their drivers are gone."""
     for run_id in _newest(store, limit):
-        record, beat = _read(store, run_id)
+        found = _read(store, run_id)
+        if found is None:
+            continue  # removed a moment ago
+        record, beat = found
         yield from of_run(record, accepted=bool(record.get("suspect")) and not stands_suspect(store, record))
         if beat:
             yield from of_heartbeat(beat, record)
+    for listing in _listings(store):
+        yield from of_listing(listing)
 
 
 def line(run: Run) -> str:
     """How a run stands, for people."""
+    if run.state == "listing":
+        ago = f"last sign of life {run.silent_seconds:,.0f} s ago"
+        return f"run {run.run_id}: listing, {run.listed:,} images so far, {ago}"
     parts = [f"{run.decided:,} of {run.listed:,} images", f"{run.flagged:,} flagged", f"{run.errors:,} errors"]
     if run.state in GOING:
         parts += [f"{run.images_per_s:,.0f}/s", f"last sign of life {run.silent_seconds:,.0f} s ago"]

@@ -28,16 +28,19 @@ from pipeline.examples import read_labels
 from pipeline.failure import one_line
 from pipeline.fetch import Fetcher
 from pipeline.gates import FALSE_ALARMS
+from pipeline.heartbeat import Listing
 from pipeline.increment import Earlier
 from pipeline.limits import Limits
+from pipeline.manifest import Manifest, build_manifest
 from pipeline.nets import Models, check_models
 from pipeline.plan import Plan, load_plan
 from pipeline.policy import read_policy
 from pipeline.preflight import check_apart, check_output, check_outside, check_readable
 from pipeline.prices import read_prices
+from pipeline.records import PastRuns
 from pipeline.report import write_report
 from pipeline.retry import list_failed, read_parent
-from pipeline.source import DEFAULT_EXCLUDE, Manifest, build_manifest, list_source
+from pipeline.source import DEFAULT_EXCLUDE, list_source
 from pipeline.storage import check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
 
@@ -170,6 +173,7 @@ def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> d
         frozen = record or commit.read_frozen(store, run_id)
         frozen = frozen or _start(config, store, run_id, plan, models, canaries, policy)
         _check_same_run(frozen, config, run_id, plan, models, canaries, policy)
+    past = PastRuns(store)  # gates and trends look at mostly the same runs
     if record is None:
         with starting_ray(config.metrics_port):
             from pipeline.driver import Driver  # noqa: PLC0415  Ray Data and pandas, while Ray's processes come up
@@ -180,10 +184,11 @@ def run_scan(config: ScanConfig, fetcher: Callable[..., Fetcher] = Fetcher) -> d
                     "alarms": config.false_alarms if config.gates else None,
                     "fetcher": fetcher,
                     "prices": prices,
+                    "past": past,
                 }
                 driver = Driver(store, run_id, frozen, plan, models, limits=limits, **options)
             record = driver.run(labels, began)
-    finish(store, record, plan, config, labels)
+    finish(store, record, plan, config, labels, past)
     return record
 
 
@@ -220,13 +225,17 @@ def _start(
     }
     salt = config.salt or secrets.token_hex(16)
     listed_at = datetime.now(UTC)
-    manifest, known = _list(config, check_outside(rows, store), store, prefix, salt, plan, decides)
-    if manifest.images == manifest.canaries:
-        if parent:
-            raise UsageError(f"run {config.retry_errors} has no errors that may pass: there is nothing to scan again")
-        raise UsageError(f"source {config.source} holds no images (patterns left out: {', '.join(config.exclude)})")
-    if not manifest.shards[0].judged:
-        check_readable(store, manifest.shards[0], plan.preparation, config.endpoint_url)
+    with Listing(store, run_id, plan.name) as listing:
+        rows = listing.count(check_outside(rows, store))
+        manifest, known = _list(config, rows, store, prefix, salt, plan, decides)
+        if manifest.images == manifest.canaries:
+            if parent:
+                raise UsageError(
+                    f"run {config.retry_errors} has no errors that may pass: there is nothing to scan again"
+                )
+            raise UsageError(f"source {config.source} holds no images (patterns left out: {', '.join(config.exclude)})")
+        if not manifest.shards[0].judged:
+            check_readable(store, manifest.shards[0], plan.preparation, config.endpoint_url)
     frozen = {
         "run_id": run_id,
         "parent_run_id": config.retry_errors,
@@ -325,7 +334,12 @@ def check_accepted(config: ScanConfig, record: dict[str, Any]) -> None:
 
 
 def finish(
-    store: Store, record: dict[str, Any], plan: Plan, config: ScanConfig, labels: pa.Table | None = None
+    store: Store,
+    record: dict[str, Any],
+    plan: Plan,
+    config: ScanConfig,
+    labels: pa.Table | None = None,
+    past: PastRuns | None = None,
 ) -> None:
     """What follows from a complete run's record: its status, its report, and that nobody needs its attempts.
 
@@ -336,7 +350,7 @@ def finish(
         if (commit.read_json(store, commit.status_key(run_id)) or {}).get("status") != "complete":
             commit.write_json(store, commit.status_key(run_id), record)
         if not store.exists(commit.report_key(run_id)):
-            options: dict[str, Any] = {"thumbnails": config.report_thumbnails, "labels": labels}
+            options: dict[str, Any] = {"thumbnails": config.report_thumbnails, "labels": labels, "past": past}
             write_report(store, record, plan, config.endpoint_url, **options)
         commit.sweep_attempts(store, run_id)
     except Exception as error:

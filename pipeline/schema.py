@@ -138,6 +138,15 @@ CONTENTS = pa.schema(
     ]
 )
 
+# Content on its way into such a part. An image of it stands for its findings.
+RANKED_CONTENT = pa.schema(
+    [
+        ("rank", pa.int64()),  # the digest's first eight bytes, less 2^63
+        *(CONTENTS.field(name) for name in ("sha256", "run_id", "outcome")),
+        ("image_id", pa.string()),
+    ]
+)
+
 IMAGE = pa.struct(
     [
         ("image_id", pa.string()),

@@ -55,6 +55,8 @@ RUNS = pa.schema(
         ("skipped", pa.int64()),
         ("relative_cost", pa.float64()),  # of testing every image alone
         ("seconds", pa.float64()),  # of the driver that finished it
+        ("suspect", pa.bool_()),  # whether drift gates found what nobody has accepted: null where there were no gates
+        ("gates_found", pa.list_(pa.string())),  # of the gates, accepted or not, in words
     ]
 )
 
@@ -162,7 +164,7 @@ def open_tables(store: Store) -> Tables:
         raise UsageError(
             f"there is no complete run in {store.name}; a run is complete when runs/<run_id>.json is there"
         )
-    runs = _runs_table([record for record, _ in records])
+    runs = _runs_table([record for record, _ in records], set(store.sizes("runs")))
     filesystem, root = _filesystem(store)
     names = [*schema.TABLES, "newest_ledger"]
     fragments: dict[str, list[ds.Fragment]] = {name: [] for name in names}
@@ -221,8 +223,8 @@ def _start(record: dict[str, Any]) -> tuple[datetime, str]:
     return datetime.fromisoformat(record["started_at"]), record["run_id"]
 
 
-def _runs_table(records: list[dict[str, Any]]) -> pa.Table:
-    """``records`` in the order of their start."""
+def _runs_table(records: list[dict[str, Any]], there: set[str]) -> pa.Table:
+    """``records`` in the order of their start. ``there``: keys below ``runs``."""
     newest = {scope(record["source"]): record["run_id"] for record in records if record["parent_run_id"] is None}
     rows = [
         {
@@ -239,10 +241,21 @@ def _runs_table(records: list[dict[str, Any]]) -> pa.Table:
             "plan": record["plan"]["name"],
             **{name: record["counts"][name] for name in ("listed", "cleared", "flagged", "error", "skipped")},
             **{name: record[name] for name in ("relative_cost", "seconds")},
+            **_found_by_gates(record, there),
         }
         for nth, record in enumerate(records)
     ]
     return pa.Table.from_pylist(rows, RUNS)
+
+
+def _found_by_gates(record: dict[str, Any], there: set[str]) -> dict[str, Any]:
+    """Nothing is known of a run of a version without gates, nor of one whose gates were switched off."""
+    compared = (record.get("gates") or {}).get("verdicts")
+    found = record.get("suspect")
+    if found is None or not (compared or found):
+        return {"suspect": None, "gates_found": None}
+    accepted = commit.accepted_key(record["run_id"]) in there
+    return {"suspect": bool(found) and not accepted, "gates_found": [finding["words"] for finding in found]}
 
 
 def _current(runs: pa.Table) -> set[str]:

@@ -14,10 +14,11 @@ from multiprocessing import get_context
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pipeline.calibrate import CalibrateConfig, screen_thresholds
+from pipeline.blocks import screen_thresholds
+from pipeline.calibrate import CalibrateConfig
 from pipeline.calibration import Prevalence
+from pipeline.routes import Route
 from pipeline.scores import Arrangement, Candidate, Scores, to_logits, to_scores
-from pipeline.search import Route
 
 LENGTH = 16
 COMPANIONS = CalibrateConfig.companions

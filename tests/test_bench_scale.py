@@ -35,10 +35,11 @@ from pipeline.commit import Ledger
 from pipeline.errors import RunError, UsageError
 from pipeline.flow import window_refs
 from pipeline.idle import IdleFetcher
+from pipeline.manifest import build_manifest
 from pipeline.plan import WindowSpec, parse_plan
 from pipeline.simulation import Driver, Play
 from pipeline.sink import Sink
-from pipeline.source import build_manifest, list_source
+from pipeline.source import list_source
 from pipeline.store import Store
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.yaml"

@@ -16,9 +16,9 @@ from pipeline.commit import Ledger
 from pipeline.errors import RunError
 from pipeline.fetch import Fetcher
 from pipeline.flow import window_refs
+from pipeline.manifest import build_manifest
 from pipeline.plan import Preparation, WindowSpec, parse_plan
 from pipeline.sink import Sink
-from pipeline.source import build_manifest
 from pipeline.storage import s3_client
 from pipeline.store import Store
 from pipeline.tally import Tally, stage_rows

@@ -143,7 +143,8 @@ def test_object_names_are_never_paths_or_commands(scanned):
     assert below <= {"source", "deep", "plan.yaml", "said.txt"}
     expected = re.compile(
         r"(ledger|flagged|errors|audit)/scan_date=[\d-]+/r-shard-00000\.parquet|runs/r\.json|runs/r/(status\.json|report\.html)"
-        r"|_state/r/(run\.json|manifest-\w+/shard-00000\.parquet|(epochs|heartbeats)/000001\.json|markers/shard-00000\.json)"
+        r"|_state/r/(run\.json|manifest-\w+/shard-00000\.parquet|(epochs|heartbeats)/000001\.json|markers/shard-00000\.json"
+        r"|listing/\w+\.json)"
     )
     files = [str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()]
     assert [name for name in files if not expected.fullmatch(name)] == []

@@ -11,6 +11,7 @@ from jobs import scan, status
 from pipeline import commit
 from pipeline.baseline import drift, earlier_runs
 from pipeline.gates import FALSE_ALARMS, FEWEST_RUNS, MOST_RUNS, interval, judge, rates, scaled, scaled_interval
+from pipeline.records import PastRuns
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand
@@ -176,12 +177,12 @@ def test_only_runs_that_compare_are_compared_with(tmp_path, nights):
     for name, value in others.items():
         commit.write_json(store, commit.record_key(name), nights[3] | {"run_id": name, name: value})
     tonight = night(20, np.random.default_rng(4))
-    assert [run["run_id"] for run in earlier_runs(store, tonight)] == ["night-02", "night-01", "night-00"]
-    assert [run["run_id"] for run in earlier_runs(store, tonight | {"increment": {"a": 1}})] == ["increment"]
+    assert [run["run_id"] for run in earlier_runs(PastRuns(store), tonight)] == ["night-02", "night-01", "night-00"]
+    assert [run["run_id"] for run in earlier_runs(PastRuns(store), tonight | {"increment": {"a": 1}})] == ["increment"]
     store.create(commit.accepted_key("suspect"), b"{}")
-    assert earlier_runs(store, tonight)[0]["run_id"] == "suspect"
-    assert drift(store, tonight | {"parent_run_id": "x"}, 0.01)["gates"]["verdicts"] == []
-    assert drift(store, tonight, None)["gates"]["note"] == "gates were switched off"
+    assert earlier_runs(PastRuns(store), tonight)[0]["run_id"] == "suspect"
+    assert drift(PastRuns(store), tonight | {"parent_run_id": "x"}, 0.01)["gates"]["verdicts"] == []
+    assert drift(PastRuns(store), tonight, None)["gates"]["note"] == "gates were switched off"
 
 
 def test_the_newest_fourteen_are_compared_with(tmp_path, nights):
@@ -189,7 +190,7 @@ def test_the_newest_fourteen_are_compared_with(tmp_path, nights):
     rng = np.random.default_rng(4)
     for record in [*nights, night(15, rng), night(16, rng)]:
         commit.write_json(store, commit.record_key(record["run_id"]), record)
-    found = [run["run_id"] for run in earlier_runs(store, night(20, rng))]
+    found = [run["run_id"] for run in earlier_runs(PastRuns(store), night(20, rng))]
     assert len(found) == MOST_RUNS and (found[0], found[-1]) == ("night-16", "night-02")
 
 

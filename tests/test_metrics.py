@@ -150,6 +150,24 @@ def test_a_run_is_told_as_its_record_says():
     assert not going & {"dorfman_run_completed_timestamp_seconds", "dorfman_run_suspect_gates"}
 
 
+def test_what_a_label_says_is_what_a_scrape_reads_and_counters_are_told_as_such():
+    name = 'a "b"\\c\nd {e="f"} é'
+    samples = [
+        Sample("dorfman_run_listed", {"run_id": name, "plan": "p"}, 3),
+        Sample("dorfman_shards_total", {"plan": name}, 2),
+        Sample("dorfman_run_listed", {"run_id": "other", "plan": "p"}, 1e9 + 0.5),
+    ]
+    text = exposition(samples)
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert {name: family.type for name, family in families.items()} == {
+        "dorfman_shards": "counter", "dorfman_run_listed": "gauge",
+    }  # fmt: skip
+    assert families["dorfman_run_listed"].documentation == METRICS["dorfman_run_listed"].meaning
+    read = [(s.name, s.labels, s.value) for family in families.values() for s in family.samples]
+    assert sorted(read, key=str) == sorted(((s.name, dict(s.labels), s.value) for s in samples), key=str)
+    assert text.count("# TYPE") == 2 and exposition([]) == ""
+
+
 def test_a_sample_has_the_labels_of_its_metric():
     with pytest.raises(AssertionError):
         Sample("dorfman_images_total", {"plan": "p"}, 1)

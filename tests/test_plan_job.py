@@ -12,17 +12,11 @@ import pytest
 import yaml
 from scipy.stats import binom
 
-from pipeline.calibrate import (
-    CalibrateConfig,
-    draw_blocks,
-    find_candidates,
-    find_versions,
-    read_pictures,
-    run_calibrate,
-    split,
-)
+from pipeline.blocks import draw_blocks, find_versions, split
+from pipeline.calibrate import CalibrateConfig, find_candidates, read_pictures, run_calibrate
 from pipeline.errors import UsageError
 from pipeline.examples import LabelledPictures, read_labelled
+from pipeline.field import Field
 from pipeline.flow import pools
 from pipeline.layout import padded, windows_per_call
 from pipeline.padding import holes, padding
@@ -30,8 +24,8 @@ from pipeline.plan import load_plan
 from pipeline.plan_file import to_plan
 from pipeline.plan_job import PlanConfig, plan_from_scores
 from pipeline.proposal import Request, propose
+from pipeline.routes import routes
 from pipeline.scores import HALVES, Arrangement, Candidate, Scores, read_scores, scores_bytes, to_logits, to_scores
-from pipeline.search import Field, routes
 from tests.simulated import PREVALENCE, World, calibrate
 
 WANTED = {"prevalence": ("0.005",), "recall": ("0.9",), "cpus": 2.0}

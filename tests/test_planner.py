@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.planner import Accuracy, best_dorfman_size, hierarchical, split_evenly, square_array
-from pipeline.replay import Scored, Step, replay
+from pipeline.formulas import Accuracy, best_dorfman_size, hierarchical, split_evenly, square_array
 from tests.authors import GMAC, GROUPINGS, REUSED
+from tests.replay import Scored, Step, replay
 
 
 def accuracies(row: dict[str, str], stages: int) -> list[Accuracy]:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from pipeline.calibration import Prevalence
+from pipeline.field import Field
+from pipeline.peeling import peel
 from pipeline.proposal import Request, propose
-from pipeline.replay import Scored, Step, replay
+from pipeline.routes import Route, routes
 from pipeline.scores import Candidate, to_logits
-from pipeline.search import Field, Route, peel, routes
 from tests.authors import GMAC, authors_scores
+from tests.replay import Scored, Step, replay
 from tests.simulated import one_thread_each
 
 PREVALENCE = Prevalence(mean_K=(50 / 48_800,), images=48_800)

@@ -17,10 +17,10 @@ from pipeline import ordering
 from pipeline.errors import UsageError
 from pipeline.fetch import Fetcher
 from pipeline.flow import window_refs
-from pipeline.ordering import Sorter
+from pipeline.manifest import _JudgedLast, build_manifest
 from pipeline.plan import Preparation, WindowSpec
 from pipeline.schema import RANKED
-from pipeline.source import build_manifest, image_id, list_source
+from pipeline.source import image_id, list_source
 from pipeline.storage import is_plain_key, parse_uri, s3_client
 from pipeline.store import Store
 
@@ -270,11 +270,11 @@ def test_rows_come_in_order_whatever_slice_and_file_they_are_in(tmp_path, monkey
         | ({"judged_run_id": "r", "judged_outcome": "cleared"} if judged[number] else {})
         for number, rank in enumerate(ranks)
     ]
-    sorter = Sorter(tmp_path)
+    sorter = _JudgedLast(tmp_path)
     for start in range(0, 1000, 30):
         sorter.add(pa.Table.from_pylist(rows[start : start + 30], RANKED))
     parts = list(sorter.read())
     assert len(parts) > 10 and pa.concat_tables(parts).to_pylist() == sorted(
         rows, key=lambda row: (row["judged_run_id"] is not None, row["rank"], row["image_id"], row["uri"])
     )
-    assert not list(Sorter(tmp_path / "empty").read())
+    assert not list(_JudgedLast(tmp_path / "empty").read())

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import status
 from pipeline import commit
+from pipeline.clean import find_litter
+from pipeline.driver import Driver
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
-from pipeline.heartbeat import STALE_SECONDS, Heartbeat, Pulse, newest_heartbeat
-from pipeline.runs import follow, list_runs, read_run
+from pipeline.heartbeat import STALE_SECONDS, Heartbeat, Listing, Pulse, newest_heartbeat, of_driver
+from pipeline.runs import follow, line, list_runs, read_run
+from pipeline.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from pipeline.store import Store
-from tests.outputs import run_here
+from tests.conftest import QUICK, small_plan
+from tests.outputs import run_here, scan_by_hand
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -114,7 +120,7 @@ def test_the_job_says_so_as_a_table_as_objects_and_for_prometheus(filled):
     assert run_here(status, *where, "--accept", "odd").stdout == "run odd: accepted\n"
     assert read_run(filled, "odd").state == "complete"
     text = run_here(status, *where, "--prometheus").stdout
-    assert 'dorfman_run_suspect_gates{run_id="odd",plan="p"} 0' in text
+    assert 'dorfman_run_suspect_gates{plan="p",run_id="odd"} 0.0\n' in text
 
 
 @pytest.mark.parametrize(
@@ -195,7 +201,7 @@ def test_a_heartbeat_moves_between_commits_and_ends_with_its_driver(tmp_path):
         if len(told) > 2:
             twice.set()
 
-    with Heartbeat(store, "r", 3, 10, lambda: decided[0], tell, seconds=0.02) as heartbeat:
+    with of_driver(store, "r", 3, 10, lambda: decided[0], tell, seconds=0.02) as heartbeat:
         wait_for(twice)
     heartbeat.thread.join(10)
     seen = newest_heartbeat(store, "r")
@@ -216,7 +222,7 @@ def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch):
         raise OSError("the output is away")
 
     monkeypatch.setattr(Store, "write", write)
-    with Heartbeat(Store(str(tmp_path)), "r", 1, 10, lambda: 5, lambda _: None, seconds=0.01):
+    with Heartbeat(Store(str(tmp_path)), "beat.json", dict, seconds=0.01):
         wait_for(thrice)
 
 
@@ -230,7 +236,91 @@ def test_a_write_that_hangs_keeps_no_driver(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Store, "write", write)
     began = time.perf_counter()
-    with Heartbeat(Store(str(tmp_path)), "r", 1, 10, lambda: 5, lambda _: None) as heartbeat:
+    with Heartbeat(Store(str(tmp_path)), "beat.json", dict) as heartbeat:
         wait_for(hangs)
     assert time.perf_counter() - began < 5 and heartbeat.thread.daemon
     released.set()
+
+
+def until(seen: Callable[[], bool]) -> None:
+    """Waits until it is so."""
+    end = time.monotonic() + 60
+    while not seen():
+        assert time.monotonic() < end, "it did not come in a minute"
+        time.sleep(0.02)
+
+
+def test_a_run_is_listing_while_its_source_is_listed_and_nothing_when_that_fails(tmp_path, monkeypatch):
+    """Looked at from within the listing: the first beat says that it has begun, a later one how much has come."""
+    store, seen = Store(str(tmp_path / "out")), []
+    monkeypatch.setattr("pipeline.scan.Listing", partial(Listing, seconds=0.02))
+
+    def listing(*_: Any) -> Iterator[dict[str, Any]]:
+        for number in range(3):
+            yield {"uri": f"s3://b/{number}.jpg", "size_bytes": 1, "etag": "e", "modified_at": None}
+        until(lambda: [run.listed for run in list_runs(store, 5)] == [3])
+        seen.extend(list_runs(store, 5))
+        text = run_here(status, "--output", store.name, "--prometheus").stdout
+        assert 'dorfman_run_listed{plan="emblem",run_id="night"} 3.0' in text
+        raise UsageError("the source is gone")
+
+    monkeypatch.setattr("pipeline.scan.list_source", listing)
+    with pytest.raises(UsageError, match="the source is gone"):
+        run_scan(ScanConfig(source="s3://b/", output=store.name, run_id="night"))
+    (run,) = seen
+    assert (run.run_id, run.state, run.listed, run.decided) == ("night", "listing", 3, 0)
+    assert line(run).startswith("run night: listing, 3 images so far")
+    assert list_runs(store, 5) == []
+
+
+def test_a_source_without_images_leaves_no_run(tmp_path):
+    (tmp_path / "source").mkdir()
+    store = Store(str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="holds no images"):
+        run_scan(ScanConfig(source=str(tmp_path / "source"), output=store.name, run_id="night"))
+    assert list_runs(store, 5) == [] and not store.sizes("_state/night")
+
+
+def test_the_record_of_a_failed_run_is_made_once_and_says_why(tmp_path, monkeypatch):
+    """And without the files, which would make a status of a large run as large as its record."""
+    made, record_of = [], Driver._record
+
+    def record(self: Driver, status: str, *rest: Any) -> dict[str, Any]:
+        made.append(status)
+        return record_of(self, status, *rest)
+
+    monkeypatch.setattr(Driver, "_record", record)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.jpg").write_bytes(b"a picture")
+
+    def break_off(_: str) -> str:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(RunError, match="the disk is gone"):
+        scan_by_hand(source, str(tmp_path / "out"), small_plan(tmp_path, QUICK), "night", break_off)
+    assert made == ["running", "failed"]
+    status = commit.read_json(Store(str(tmp_path / "out")), commit.status_key("night"))
+    assert status is not None and "the disk is gone" in status["failure"] and "files" not in status
+
+
+def test_a_driver_that_died_while_it_listed_is_stale_until_somebody_goes_on(store):
+    def listed(name: str, ago: float) -> None:
+        content = {"run_id": "r", "plan": {"name": "p"}, "started_at": past(ago + 60), "updated_at": past(ago)}
+        commit.write_json(store, f"{commit.listing_prefix('r')}/{name}.json", content | {"listed": int(ago)})
+
+    listed("b", STALE_SECONDS + 100)
+    assert (read_run(store, "r").state, read_run(store, "r").listed) == ("stale", 280)
+    with pytest.raises(RunError, match="start it again with --run-id r"):
+        follow(store, "r", lambda _: None)
+    litter = find_litter(store, timedelta(0))
+    assert [entry.keys for entry in litter] == [("_state/r/listing/b.json",)]
+    listed("a", 10)
+    assert (read_run(store, "r").state, read_run(store, "r").listed) == ("listing", 10)
+    said: list[str] = []
+
+    def begin(_: float) -> None:
+        written(store, "r", "complete")
+
+    follow(store, "r", lambda run: said.append(run.state), begin)
+    assert said == ["listing", "complete"] and [run.state for run in list_runs(store, 5)] == ["complete"]

@@ -9,6 +9,7 @@ import json
 import pytest
 
 from jobs import query
+from pipeline import commit
 from pipeline.compact import compact
 from pipeline.errors import UsageError
 from pipeline.storage import s3_client
@@ -200,6 +201,26 @@ def test_runs_of_both_versions_are_one_table_and_unfinished_ones_are_not_there(s
         assert [row[0] for row in ask(store, f"DESCRIBE {name}")] == with_scan_date(name).names
     assert [row[0] for row in ask(store, "DESCRIBE runs")] == RUNS.names
     assert ask(store, "SELECT * FROM errors UNION ALL BY NAME SELECT * FROM audit") == []
+
+
+def test_runs_say_whether_they_are_suspect_and_why_until_somebody_accepts_them(store):
+    gates = {"verdicts": [{"gate": "errors"}]}
+    odd = [{"gate": "errors", "words": "share of images in error is 0.5"}, {"gate": "flagged:gore", "words": "more"}]
+    for night, (run_id, record) in enumerate(
+        {
+            "before-gates": {},
+            "off": {"gates": {"verdicts": []}, "suspect": []},
+            "calm": {"gates": gates, "suspect": []},
+            "odd": {"gates": gates, "suspect": odd},
+        }.items()
+    ):
+        write_night(store, run_id, night, [judged("a", "cleared")], **record)
+    asked = "SELECT run_id, suspect, gates_found FROM runs ORDER BY nth"
+    words = ["share of images in error is 0.5", "more"]
+    calm = [("before-gates", None, None), ("off", None, None), ("calm", False, [])]
+    assert ask(store, asked) == [*calm, ("odd", True, words)]
+    store.create(commit.accepted_key("odd"), b"{}")
+    assert ask(store, asked) == [*calm, ("odd", False, words)]
 
 
 def test_files_of_other_days_and_runs_are_not_opened(store):

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from pipeline import commit
+from pipeline.history import RUNS, read_history
+from pipeline.records import PastRuns
 from pipeline.report import write_report
 from pipeline.store import Store
-from pipeline.trends import HEIGHT, RUNS, WIDTH, _ticks, charts, read_history
+from pipeline.trends import HEIGHT, WIDTH, _ticks, charts
 from tests.outputs import write_night
 from tests.test_report import PLAN, Page, run_record
 
@@ -50,7 +52,7 @@ def audit_json(recall: dict[str, Any], prevalence: dict[str, Any], name: str = "
 
 
 def ids(store: Store, last: dict[str, Any]) -> list[str]:
-    return [night.run_id for night in read_history(store, last).nights]
+    return [night.run_id for night in read_history(PastRuns(store), last).nights]
 
 
 def test_runs_over_the_same_source_by_start_up_to_this_one(store):
@@ -93,7 +95,7 @@ def test_figures_of_a_night(store):
     commit.write_json(
         store, commit.audit_key("n02"), audit_json(figure(0.97, 0.91, 0.99), figure(0.002, 0.001, 0.004), "emblem")
     )
-    first, second, third = read_history(store, last).nights
+    first, second, third = read_history(PastRuns(store), last).nights
     assert (first.flagged, first.relative_cost, first.prevalence, first.labelled) == (None, None, None, None)
     assert second.flagged is not None and second.flagged.value == 11 / 1000
     assert second.prevalence is not None and second.prevalence.value == 20 / 2000
@@ -130,7 +132,7 @@ def test_a_strange_record_is_left_out_by_name(store, changes, words):
     strange = record(1, **changes)
     store.write(commit.record_key("n01"), json.dumps(strange).encode())
     last = write(store, record(0), record(2))
-    history = read_history(store, last)
+    history = read_history(PastRuns(store), last)
     assert [night.run_id for night in history.nights] == ["n00", "n02"]
     assert list(history.skipped) == ["run n01"] and words in history.skipped["run n01"]
 
@@ -140,7 +142,7 @@ def test_what_is_no_record_is_left_out_by_name(store, body):
     store.write(commit.record_key("n01"), body)
     store.write(commit.audit_key("n00"), body)
     last = write(store, record(0), record(2))
-    history = read_history(store, last)
+    history = read_history(PastRuns(store), last)
     assert [night.run_id for night in history.nights] == ["n00", "n02"]
     assert set(history.skipped) == {"run n01"} | ({"audit of n00"} if body != b"null" else set())
 
@@ -150,7 +152,7 @@ def test_an_older_record_counts_as_far_as_it_goes(store):
     old = commit.read_json(store, commit.record_key("old"))
     assert old is not None and "images_per_s" not in old
     last = write(store, record(70, source="s3://b/", counts=old["counts"] | {"cleared": 5}))
-    history = read_history(store, last)
+    history = read_history(PastRuns(store), last)
     assert [night.run_id for night in history.nights] == ["n70"]
     assert history.skipped == {"run old": "images_per_s: Field required"}
     # The first version had no quality, plan, cost, or parent.
@@ -162,7 +164,9 @@ def test_an_older_record_counts_as_far_as_it_goes(store):
 
 
 def drawn(store: Store, *records: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {chart["title"].split(",")[0]: chart for chart in charts(read_history(store, write(store, *records)))}
+    return {
+        chart["title"].split(",")[0]: chart for chart in charts(read_history(PastRuns(store), write(store, *records)))
+    }
 
 
 def test_points_stand_where_their_values_are(store):

@@ -1,0 +1,84 @@
+"""Records of earlier runs: read side by side, once, without their files, and the broken ones as what they are."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import commit
+from pipeline.baseline import earlier_runs
+from pipeline.history import read_history
+from pipeline.records import READERS, PastRuns
+from pipeline.store import Store
+from tests.test_report import run_record
+
+
+@pytest.fixture
+def reads(monkeypatch) -> Counter:
+    """How often each object has been read."""
+    counted: Counter = Counter()
+    read = Store.read
+
+    def count(self: Store, key: str, *args: Any) -> bytes:
+        counted[key] += 1
+        return read(self, key, *args)
+
+    monkeypatch.setattr(Store, "read", count)
+    return counted
+
+
+def written(store: Store, runs: int) -> list[dict[str, Any]]:
+    records = [
+        run_record(run_id=f"n{number:02d}", started_at=f"2026-03-{1 + number:02d}T02:00:00+00:00", banks_sha256={})
+        | {"parent_run_id": None, "files": [{"path": "ledger/a", "rows": 1}]}
+        for number in range(runs)
+    ]
+    for record in records:
+        commit.write_json(store, commit.record_key(record["run_id"]), record)
+    return records
+
+
+def test_gates_and_trends_read_each_record_once_and_only_audits_that_are_there(tmp_path, reads):
+    store = Store(str(tmp_path))
+    records = written(store, 20)
+    commit.write_json(store, commit.audit_key("n03"), {"estimates": {}, "run_ids": [], "confidence": 0.95})
+    past = PastRuns(store)
+    tonight = records[-1]
+    assert [run["run_id"] for run in earlier_runs(past, tonight)] == [f"n{number:02d}" for number in range(18, 4, -1)]
+    assert len(read_history(past, tonight).nights) == 20
+    assert reads == Counter({commit.record_key(f"n{number:02d}"): 1 for number in range(20)} | {
+        commit.audit_key("n03"): 1
+    })  # fmt: skip
+
+
+def test_records_are_read_side_by_side(tmp_path, monkeypatch):
+    """Each of ``READERS`` reads waits until all of them have begun: one after the other would never end."""
+    store = Store(str(tmp_path))
+    written(store, READERS)
+    together, read = threading.Barrier(READERS, timeout=60), Store.read
+
+    def wait(self: Store, key: str, *args: Any) -> bytes:
+        together.wait()
+        return read(self, key, *args)
+
+    monkeypatch.setattr(Store, "read", wait)
+    names = [f"n{number:02d}" for number in np.random.default_rng(1).permutation(READERS)]
+    found = list(PastRuns(store).read(names))
+    assert [name for name, _ in found] == names == [content["run_id"] for _, content in found]
+    assert all("files" not in content for _, content in found)
+
+
+def test_what_is_broken_is_raised_where_whole_records_are_wanted_and_what_is_gone_is_not_there(tmp_path):
+    store = Store(str(tmp_path))
+    written(store, 2)
+    store.write(commit.record_key("n01"), b"{")
+    past = PastRuns(store)
+    found = dict(past.read(["n00", "n01", "gone"]))
+    assert found["n00"]["run_id"] == "n00" and found["gone"] is None
+    with pytest.raises(ValueError, match="Expecting property name"):
+        list(past.whole(["n00", "n01"]))
+    assert [run["run_id"] for run in past.whole(["gone", "n00"])] == ["n00"]

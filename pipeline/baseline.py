@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 from pipeline import commit
 from pipeline.earlier import compares
 from pipeline.errors import UsageError
-from pipeline.gates import MOST_RUNS, judge
+from pipeline.gates import MOST_RUNS, judge, rates
 from pipeline.inventory import scope
 from pipeline.records import PastRuns
 from pipeline.store import Store
 
 DECIDES = ("plan_version", "weights_sha256", "banks_sha256")
+BROKEN = (KeyError, TypeError, AttributeError, IndexError, ValueError)
+"""What reading raises of JSON that is no record, and of the exception that stands for one that is no JSON."""
 LOOKED_AT = 100
 """Records that are read at most, those that were written last: an output may hold years of nights."""
 
@@ -33,14 +36,27 @@ def earlier_runs(past: PastRuns, tonight: Mapping[str, Any]) -> list[dict[str, A
     Of the same source, plan, nets and banks; incremental ones with incremental ones, whose images are new, and whole
     ones with whole ones. Runs that took up errors are none, and a suspect one is none until it is accepted.
     """
-    comparable = [
-        record
-        for record in past.whole(past.newest(LOOKED_AT))
-        if record["started_at"] < tonight["started_at"]
+    comparable = []
+    for run_id, record in past.read(past.newest(LOOKED_AT)):
+        try:
+            if record is None or not _compares(past, record, tonight):
+                continue
+            [rate.events / rate.trials for rate in rates(record) if rate.trials > 0]
+        except BROKEN:
+            # A night that is done must not fail for what somebody has done to another's record.
+            logging.getLogger("dorfman").warning("%s is no run record: gates leave it out", commit.record_key(run_id))
+            continue
+        comparable.append(record)
+    return sorted(comparable, key=lambda record: record["started_at"], reverse=True)[:MOST_RUNS]
+
+
+def _compares(past: PastRuns, record: Mapping[str, Any], tonight: Mapping[str, Any]) -> bool:
+    """Raises one of BROKEN for what is no record."""
+    return bool(
+        record["started_at"] < tonight["started_at"]
         and _alike(record, tonight)
         and (not record.get("suspect") or commit.accepted_key(record["run_id"]) in past.found)
-    ]
-    return sorted(comparable, key=lambda record: record["started_at"], reverse=True)[:MOST_RUNS]
+    )
 
 
 def _alike(record: Mapping[str, Any], tonight: Mapping[str, Any]) -> bool:

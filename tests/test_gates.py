@@ -194,6 +194,24 @@ def test_the_newest_fourteen_are_compared_with(tmp_path, nights):
     assert len(found) == MOST_RUNS and (found[0], found[-1]) == ("night-16", "night-02")
 
 
+def test_what_is_no_record_is_left_out_and_named(tmp_path, nights, caplog):
+    store = Store(str(tmp_path))
+    commit.write_json(store, commit.record_key("night-00"), nights[0])
+    lacking = {name: value for name, value in nights[1].items() if name != "started_at"}
+    broken: dict[str, object] = {
+        "list": [1], "text": "x", "lacks": lacking, "words": nights[1] | {"started_at": 5},
+        "counts": nights[1] | {"counts": {"error": "1", "listed": 10, "skipped": 0}},
+        "stages": nights[1] | {"stages": []},
+    }  # fmt: skip
+    for name, content in broken.items():
+        commit.write_json(store, commit.record_key(name), content)  # type: ignore[arg-type]
+    store.create(commit.record_key("bytes"), b"{")
+    tonight = night(20, np.random.default_rng(4))
+    assert [run["run_id"] for run in earlier_runs(PastRuns(store), tonight)] == ["night-00"]
+    named = {record.args[0] for record in caplog.records if "gates leave it out" in record.msg}
+    assert named == {commit.record_key(name) for name in (*broken, "bytes")}
+
+
 @pytest.fixture(scope="module")
 def drifted(tmp_path_factory):
     """Eight nights of 640 objects through the whole of ``run_scan``, of which the last has twice as many findings."""

@@ -15,6 +15,9 @@ from pipeline.runs import Run, details, follow, line, list_runs, read_run, sampl
 from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
 
+WIDTH = 160
+"""Of a table that goes to a file or a mail, where nothing needs to be cut."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
@@ -77,7 +80,7 @@ def run(config: JobConfig) -> None:
             for found in runs if config.json else ():
                 show(found)
             if not config.json:
-                Console(soft_wrap=False).print(table(runs))
+                Console(width=None if console.is_terminal else WIDTH).print(table(runs))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pipeline.exporter import Exporter
 from pipeline.failure import one_line
 from pipeline.fetch import Fetcher
 from pipeline.flow import Destination, pools, stream, window_refs
-from pipeline.heartbeat import Heartbeat, of_driver
+from pipeline.heartbeat import Heartbeat, forget_listing, of_driver
 from pipeline.limits import Budget, Limits
 from pipeline.manifest import Shard
 from pipeline.nets import Models
@@ -98,6 +98,7 @@ class Driver:
         # Ray stays until the last metric is told.
         with ExitStack() as session, self._failing_by_name(began), self._heartbeat():
             self._write_status("running", began)
+            forget_listing(self.store, self.run_id)
             startup = self._stream(began, session)
             record = self._record("complete", began, startup, self._judge(labels))
             record = self.ledger.complete(record | drift(self.past, record, self.alarms))

@@ -154,6 +154,12 @@ class Listing:
         return self.named | {"updated_at": datetime.now(UTC).isoformat(), "listed": self.listed}
 
 
+def forget_listing(store: Store, run_id: str) -> None:
+    """Removes what was said while the run's source was listed: its status says more. What stays is litter."""
+    with suppress(BaseError, BotoCoreError, OSError):
+        store.delete(list(store.sizes(commit.listing_prefix(run_id))))
+
+
 def newest_listing(store: Store, run_id: str) -> dict[str, Any] | None:
     """Of whoever was alive last; None when nobody has begun to list."""
     said = [commit.read_json(store, key) for key in store.sizes(commit.listing_prefix(run_id))]

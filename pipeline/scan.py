@@ -324,7 +324,9 @@ def _check_same_run(
         ("policy of SHA-256", (frozen.get("policy") or {}).get("sha256"), policy["sha256"] if policy else None),
     ):
         if then != now:
-            raise UsageError(f"run {run_id!r} was started with {what} {then}, not {now}; give another --run-id")
+            raise UsageError(
+                f"run {run_id!r} was started with {what} {then}, not {now}; go on with that, or give another --run-id"
+            )
 
 
 def check_accepted(config: ScanConfig, record: dict[str, Any]) -> None:

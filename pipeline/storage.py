@@ -204,7 +204,7 @@ def reason(error: Exception) -> str:
         detail = error.response.get("Error", {})
         return redact(f"{detail.get('Code', 'error')}: {detail.get('Message', '')}".strip(": "))
     name = type(error).__name__
-    if name == "NoCredentialsError":
+    if name == "NoCredentialsError" or "from session.get_credentials" in str(error):
         return "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
     text = PERFORMED.sub(r"\1: ", str(error).split("\n\nDebug source")[0])
     return " ".join(redact(text).split())[:300] or name

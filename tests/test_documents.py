@@ -85,6 +85,8 @@ NOT_RUN = {
     "kubectl create configmap dorfman-rayjob --from-file=rayjob.yaml=kuberay-rayjob.yaml": CLUSTER,
     "kubectl apply -f kuberay-cronjob.yaml": CLUSTER + ": tests/test_deploy.py checks the file",
     "pip install 'dorfman[iceberg]'": "needs a registry",
+    ".venv/bin/python -m jobs.benchmark scale --idle --again --plan scale.yaml --keys 10000000 --repeats 1":
+        "takes an hour: tests/test_bench_scale.py runs it on fewer keys",
     ".venv/bin/python -m jobs.review --output s3://my-results/dorfman --reviewer ann":
         "serves until somebody ends it: tests/test_review_page.py does what reviewers do",
     ".venv/bin/python -m jobs.calibrate --labels s3://my-labels/labels.parquet --models my-nets/mini.json "

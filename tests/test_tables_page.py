@@ -149,7 +149,7 @@ def test_command_lines_of_the_page_run(folder, monkeypatch):
     runs, findings, counts, _ = said
     assert all(word in runs for word in ("old", "next", "mon", "tue", "relative_cost"))
     assert findings.splitlines()[0] == "source_uri,category,score" and len(findings.splitlines()) == 3
-    assert '{"outcome": "flagged", "images": 2}' in counts and '{"error_code": "truncated", "images": 2}' in counts
+    assert '{"outcome": "flagged", "images": 2}' in counts and '{"error_code": "truncated", "images": 1}' in counts
     assert pl.read_parquet("exports/findings.parquet")["category"].sort().to_list() == ["automobile", "gore"]
 
 

@@ -132,7 +132,9 @@ class ReviewServer:
             raise web.HTTPForbidden(text="another site asks")
         given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "surrogateescape")
         if not hmac.compare_digest(given, self.token.encode()):
-            raise web.HTTPUnauthorized(text="open the address that jobs.review printed, with all of its last part")
+            raise web.HTTPUnauthorized(
+                text="Open the address that jobs.review printed, with all of its last part. Nothing was recorded."
+            )
         return await handler(request)
 
     async def _static(self, request: web.Request) -> web.Response:

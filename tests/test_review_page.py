@@ -366,7 +366,7 @@ def test_without_its_token_the_page_says_what_to_do(browser, tmp_path):
     browser.contexts.append(other)
     stranger = other.new_page()
     stranger.goto(f"http://127.0.0.1:{page.server.port}/")
-    until(stranger, "document.querySelector('#status').textContent.includes('open the address')")
+    until(stranger, "document.querySelector('#status').textContent.includes('Open the address')")
     assert stranger.is_hidden("#review") and stranger.is_hidden("#end")
 
 

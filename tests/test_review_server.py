@@ -72,7 +72,7 @@ def test_nothing_is_told_without_the_whole_token(server, token):
         if token == "in the query":
             query, sent = f"?token={server.token}", None
         status, _, said = ask(server.port, path + query, sent, body)
-        assert (status, b"open the address" in said) == (401, True), path
+        assert (status, b"Open the address" in said) == (401, True), path
     assert ask(server.port, "/api/about", server.token)[0] == 200
 
 

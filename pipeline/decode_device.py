@@ -69,14 +69,16 @@ class DeviceDecoder(Decoder):
 
     def _batches(self, images: list[Image]) -> Iterator[list[tuple[Image, _Header]]]:
         batch: list[tuple[Image, _Header]] = []
+        pixels = 0
         for image in images:
             header = self._header(image.payload or b"")
             if header is None:
                 continue
-            if sum(other.pixels for _, other in batch) + header.pixels > BATCH_PIXELS and batch:
+            if batch and pixels + header.pixels > BATCH_PIXELS:
                 yield batch
-                batch = []
+                batch, pixels = [], 0
             batch.append((image, header))
+            pixels += header.pixels
         if batch:
             yield batch
 

@@ -20,10 +20,12 @@ def one_line(error: BaseException) -> str:
         return str(error).splitlines()[0]  # Ray adds advice of its own
     if isinstance(error, (StoreError, BaseError, ClientError, BotoCoreError)):
         return f"storage: {reason(error)}"
-    text = redact(str(error))
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(ADVICE)]
-    if not lines:
-        return type(error).__name__
-    # One that holds a traceback ends with what matters; others, as CUDA's, begin with it and go on with advice.
-    line = lines[-1 if "Traceback" in text else 0]
-    return f"{type(error).__name__}: {line.strip()[:300]}"
+    lines = [line for line in redact(str(error)).splitlines() if not line.startswith(ADVICE)]
+    line = telling_line("\n".join(lines))
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def telling_line(text: str) -> str:
+    """One that holds a traceback ends with what matters; others begin with it, and go on with advice. "" of nothing."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1 if "Traceback" in text else 0][:300] if lines else ""

@@ -12,6 +12,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from pipeline.errors import UsageError
+from pipeline.failure import telling_line
 
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 60
@@ -68,8 +69,5 @@ def refusal(error: AuthenticationError) -> str:
 
 
 def one_line(said: object) -> str:
-    """Of an answer or an error; one that holds a traceback ends with what matters, others begin with it."""
-    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
-    if not lines:
-        return type(said).__name__
-    return lines[-1 if "Traceback" in str(said) else 0][:300]
+    """Of an answer or an error."""
+    return telling_line(str(said)) or type(said).__name__

@@ -223,7 +223,10 @@ def test_a_run_goes_on_with_its_own_policy(night, tmp_path):
     options = {"source": str(night["source"]), "output": night["output"], "plan": str(night["plan"]), "salt": "s"}
     by_hand(night, "night", policy=night["policy"])
     assert run_scan(ScanConfig(**options, run_id="night", policy=night["policy"]))["status"] == "complete"
-    with pytest.raises(UsageError, match=r"started with policy of SHA-256 [0-9a-f]{64}, not None; give another"):
+    with pytest.raises(
+        UsageError,
+        match=r"started with policy of SHA-256 [0-9a-f]{64}, not None; go on with that, or give another --run-id",
+    ):
         run_scan(ScanConfig(**options, run_id="night"))
     Path(night["policy"]).write_text(Path(night["policy"]).read_text().replace("restrict", "remove"))
     with pytest.raises(UsageError, match=r"started with policy of SHA-256 [0-9a-f]{64}, not [0-9a-f]{64}"):

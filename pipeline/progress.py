@@ -15,7 +15,7 @@ from pipeline.events import Events, told_as_json
 from pipeline.manifest import Shard
 from pipeline.plan import Plan
 from pipeline.prices import cost_rows
-from pipeline.tally import Tally, stage_rows
+from pipeline.tally import Tally, spent_by, stage_rows
 from pipeline.window import KNOWN_CONTENT
 
 LINE_SECONDS = 15
@@ -143,22 +143,27 @@ def closing_table(record: dict[str, Any]) -> Table:
         for row in _quality_rows(record["quality"]):
             table.add_row(*row)
         table.add_section()
-    for row in _time_rows(record):
+    for row in time_rows(record):
         table.add_row(*row)
     table.add_row("seconds", f"{record['seconds']:.1f}, of them {record['startup_seconds']:.1f} to the first result")
     table.add_row("images/s", f"{record['images_per_s']:.0f}")
     return table
 
 
-def _time_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Where actors spent their time: what has the largest share is what more of would help."""
-    seconds: dict[str, float] = {}
-    for work in record["operators"]:
-        seconds[work["operator"]] = seconds.get(work["operator"], 0.0) + work["seconds"]
-    total = sum(seconds.values())
-    for operator, taken in seconds.items():
-        if total and taken:
-            yield f"{operator}, time at work", f"{taken:,.1f} s, {taken / total:.0%}"
+def time_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Where actors spent their time, and which of them hardly wait: more of those help."""
+    times = spent_by(record["operators"])
+    total = sum(spent.seconds for spent in times)
+    for spent in times:
+        transfer = f", {spent.transfer_seconds:,.1f} s of it transfer" if spent.transfer_seconds else ""
+        waited = f"; waited {spent.waited_seconds:,.1f} s" if spent.waited_seconds else ""
+        yield (
+            f"{spent.operator}, time at work",
+            f"{spent.seconds:,.1f} s, {spent.seconds / total:.0%}{transfer}{waited}",
+        )
+    if any(spent.waited_seconds for spent in times):
+        busiest = max(times, key=lambda spent: spent.busy)
+        yield "more actors help first", f"{busiest.operator}, at work for {busiest.busy:.0%} of its time"
 
 
 def _taken_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:

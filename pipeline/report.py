@@ -12,6 +12,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from pipeline.plan import Plan
 from pipeline.records import PastRuns
 from pipeline.storage import parse_uri, read_object, reason
 from pipeline.store import Store
+from pipeline.tally import spent_by
 from pipeline.thresholds import AUDITED, SCORES, OtherThresholds
 from pipeline.visible import visible
 from pipeline.window import KNOWN_CONTENT, Image, Window
@@ -155,12 +157,10 @@ def _funnel(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _times(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row an operator, a stage's rounds together."""
-    stages = [{"operator": stage["name"]} | stage for stage in record["stages"]]
-    names = {stage["operator"] for stage in stages}
-    rows = [row for row in record["operators"] if row["operator"] not in names and row["seconds"]] + stages
-    whole = sum(row["seconds"] for row in rows) or 1
+    rows = spent_by(record["operators"])
+    whole = sum(row.seconds for row in rows)
     for row in rows:
-        yield row | {"share": row["seconds"] / whole}
+        yield asdict(row) | {"share": row.seconds / whole, "busy": row.busy}
 
 
 def _bars(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], str]:

@@ -5,6 +5,7 @@ A module of its own with few imports: an actor that fetches must not load torch 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -67,6 +68,31 @@ def _refuse(error: RunError, _: list) -> list:
     raise error
 
 
+class Pace:
+    """How long an operator with one call at a time has nothing to do between two."""
+
+    def __init__(self, operator: str) -> None:
+        self.operator = operator
+        self.ended: float | None = None
+        self.waited = 0.0
+
+    def begin(self) -> None:
+        # Before the first call it waits for others to start, which more of them would not shorten.
+        self.waited = 0.0 if self.ended is None else time.perf_counter() - self.ended
+
+    def end(self) -> None:
+        self.ended = time.perf_counter()
+
+    def note(self, done: list) -> list:
+        """``done``, windows or receipts, the first of which bears the wait of the call."""
+        for item in done[:1]:
+            if isinstance(item, dict):
+                next(work for work in item["work"] if work["operator"] == self.operator)["waited_seconds"] = self.waited
+            else:
+                next(work for work in item.work if work.operator == self.operator).waited_seconds = self.waited
+        return done
+
+
 class Watched(Operator):
     """An operator on windows, which says what it is at work on."""
 
@@ -79,14 +105,19 @@ class Watched(Operator):
         watch: Watcher,
     ) -> None:
         super().__init__(build, args, options)
-        self.name, self.watch = name, watch
+        self.name, self.watch, self.pace = name, watch, Pace(name)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         windows = list(zip(table["shard"].to_pylist(), table["window"].to_pylist(), strict=True))
+        self.pace.begin()
         self.watch.begin(self.name, windows)
         result = self.process(table)
         self.watch.end(self.name, windows)
+        self.pace.end()
         return result
+
+    def work(self, items: list) -> list:
+        return self.pace.note(self.operator(items))
 
     def process(self, table: pa.Table) -> pa.Table:
         raise NotImplementedError
@@ -94,17 +125,17 @@ class Watched(Operator):
 
 class RefsToWindows(Watched):
     def process(self, table: pa.Table) -> pa.Table:
-        return windows_to_table(self.operator(table.to_pylist()))
+        return windows_to_table(self.work(table.to_pylist()))
 
 
 class WindowsToWindows(Watched):
     def process(self, table: pa.Table) -> pa.Table:
-        return windows_to_table(self.operator(windows_from_table(table)))
+        return windows_to_table(self.work(windows_from_table(table)))
 
 
 class WindowsToReceipts(Watched):
     def process(self, table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist(self.operator(windows_from_table(table)), RECEIPT)
+        return pa.Table.from_pylist(self.work(windows_from_table(table)), RECEIPT)
 
 
 class RefsToReceipts:
@@ -117,7 +148,9 @@ class RefsToReceipts:
 
     def __init__(self, steps: list[tuple], watch: Watcher) -> None:
         """``steps``: what a ``Watched`` is made of, by operator."""
-        self.steps = [(name, Operator(build, args, options).operator, Lock()) for build, args, options, name in steps]
+        self.steps = [
+            (Operator(build, args, options).operator, Pace(name), Lock()) for build, args, options, name in steps
+        ]
         self.watch = watch
         self.gate = Gate()
 
@@ -125,11 +158,13 @@ class RefsToReceipts:
         windows = list(zip(table["shard"].to_pylist(), table["window"].to_pylist(), strict=True))
         items = table.to_pylist()
         with self.gate.pass_through(alone=self.watch.died_on(windows)):
-            for name, operator, lock in self.steps:
+            for operator, pace, lock in self.steps:
                 with lock:
-                    self.watch.begin(name, windows)
-                    items = operator(items)
-                    self.watch.end(name, windows)
+                    pace.begin()
+                    self.watch.begin(pace.operator, windows)
+                    items = pace.note(operator(items))
+                    self.watch.end(pace.operator, windows)
+                    pace.end()
         return pa.Table.from_pylist(items, RECEIPT)
 
 

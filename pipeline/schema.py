@@ -180,7 +180,9 @@ WORK = pa.struct(
         ("positive_tests", pa.int64()),
         ("images_out", pa.int64()),  # still undecided afterwards
         ("gmac", pa.float64()),
-        ("seconds", pa.float64()),
+        ("seconds", pa.float64()),  # at work
+        ("transfer_seconds", pa.float64()),  # of them, on bringing pixels to a stage's device
+        ("waited_seconds", pa.float64()),  # before it, with nothing to do: with the first window of a call
         ("bursts", pa.int64()),  # 1 in a stage's first round when the window fell back there, else 0
     ]
 )

@@ -6,6 +6,7 @@ An attempt's name is unique, so a call that Ray repeats leaves a second file tha
 from __future__ import annotations
 
 import io
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ from pipeline.plan import Plan, StageSpec
 from pipeline.policy import REVIEW_ALL, Policy
 from pipeline.sample import Sampler
 from pipeline.store import Store, digest
-from pipeline.window import OUTCOMES, GroupTest, Image, Window
+from pipeline.window import OUTCOMES, GroupTest, Image, Window, Work
+
+OPERATOR = "write"
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -54,6 +57,7 @@ class Sink:
         return [self._write(shard, members) for shard, members in shards.items()]
 
     def _write(self, shard: int, windows: list[Window]) -> dict[str, Any]:
+        began = time.perf_counter()
         attempt = f"{self.prefix}/shard-{shard:05d}/{windows[0].window:08d}-{uuid.uuid4().hex}"
         now = datetime.now(UTC)
         tables = {name: rows for name, rows in self.rows.of_windows(windows, now).items() if rows}
@@ -63,15 +67,15 @@ class Sink:
             self.store.write(f"{attempt}/{name}.parquet", body)
             files.append({"table": name, "sha256": digest(body)})
         outcomes = [image.counted_as for window in windows for image in window.images]
+        work = [work for window in windows for work in window.work]
+        work.append(Work(operator=OPERATOR, images_in=len(outcomes), seconds=time.perf_counter() - began))
         return {
             "shard": shard,
             "windows": [window.window for window in windows],
             "attempt": attempt,
             "files": files,
             "outcomes": [{"outcome": kind, "images": outcomes.count(kind)} for kind in OUTCOMES],
-            "work": [
-                {name: getattr(work, name) for name in schema.WORK.names} for window in windows for work in window.work
-            ],
+            "work": [{name: getattr(one, name) for name in schema.WORK.names} for one in work],
         }
 
 

@@ -73,6 +73,8 @@ class GroupStage:
         self.net.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.upload = Upload(self.device)
         self.graphs = Graphs(self.device)
+        self.transfer_seconds = 0.0
+        """Spent since the last account on bringing pixels to the device."""
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, round(spec.num_cpus)))
 
@@ -104,6 +106,7 @@ class GroupStage:
 
     @torch.inference_mode()
     def _test_all(self, windows: list[Window]) -> list[Window]:
+        self.transfer_seconds = 0.0  # a call that ran out of memory has left some
         had_pixels = [window.undecided for window in windows]
         pixel_rows = {
             id(window): {position: row for row, position in enumerate(before)}
@@ -262,10 +265,13 @@ class GroupStage:
         for start in range(0, len(groups), per_batch):
             members = groups[start : start + per_batch]
             shape = padded(len(members), per_batch) * size
+            began = time.perf_counter()
             pixels_NSS3 = self.upload.empty((shape, side, side, 3), torch.uint8)
             present_N, filled = self._nobody_present(shape)
             _fill(pixels_NSS3.numpy(), filled, slots(members, size), pixel_rows)
-            yield self.upload(pixels_NSS3), self.upload(present_N)
+            there = self.upload(pixels_NSS3), self.upload(present_N)
+            self.transfer_seconds += time.perf_counter() - began
+            yield there
 
     def _nobody_present(self, shape: int) -> tuple[Tensor, np.ndarray]:
         """(N,) of False to upload, and the same memory to write to."""
@@ -330,7 +336,9 @@ class GroupStage:
         groups = [group for tested in done for group in tested.groups]
         gmac_G = np.concatenate([tested.gmac_G for tested in done])
         positive_G = np.concatenate([tested.positive_G for tested in done])
+        transfer_seconds, self.transfer_seconds = self.transfer_seconds, 0.0
         for window, images_in in zip(windows, entered, strict=True):
+            share = images_in / max(1, sum(entered))
             mine = np.array([group.window is window for group in groups], dtype=bool)
             window.work.append(
                 Work(
@@ -341,7 +349,8 @@ class GroupStage:
                     positive_tests=int((mine & positive_G).sum()),
                     images_out=len(window.undecided),
                     gmac=float(gmac_G[mine].sum()),
-                    seconds=seconds * images_in / max(1, sum(entered)),
+                    seconds=seconds * share,
+                    transfer_seconds=transfer_seconds * share,
                     bursts=int(id(window) in fell_back),
                 )
             )

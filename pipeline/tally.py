@@ -9,7 +9,8 @@ from typing import Any
 from pipeline.plan import Plan
 from pipeline.window import OUTCOMES
 
-_ADDED = ("images_in", "tests", "positive_tests", "images_out", "gmac", "seconds", "bursts")
+SECONDS = ("seconds", "transfer_seconds", "waited_seconds")
+_ADDED = ("images_in", "tests", "positive_tests", "images_out", "gmac", *SECONDS, "bursts")
 
 
 @dataclass(kw_only=True)
@@ -57,7 +58,7 @@ class Tally:
         for row in rows:
             total = self.work.setdefault((row["operator"], row["round"]), dict.fromkeys(_ADDED, 0))
             for name in _ADDED:
-                total[name] += row.get(name, 0)  # markers of runs that knew no bursts have none
+                total[name] += row.get(name, 0)  # markers of older versions have fewer
 
     def add(self, other: Tally) -> None:
         self.add_outcomes(other.outcomes)
@@ -100,6 +101,36 @@ def _add(total: dict[str, int], more: dict[str, int]) -> None:
         total[name] = total.get(name, 0) + images
 
 
+@dataclass(kw_only=True)
+class Spent:
+    """Seconds of an operator, summed over its actors, and the images that reached it."""
+
+    operator: str
+    images_in: int = 0
+    seconds: float = 0.0
+    """At work."""
+    transfer_seconds: float = 0.0
+    """Of them, on bringing pixels to a device."""
+    waited_seconds: float = 0.0
+    """Between calls, with nothing to do or while others took what it had done."""
+
+    @property
+    def busy(self) -> float:
+        """Share of the time at work."""
+        return self.seconds / (self.seconds + self.waited_seconds) if self.seconds else 0.0
+
+
+def spent_by(rows: Iterable[dict[str, Any]]) -> list[Spent]:
+    """By operator in the order of the pipeline, those that took time; ``rows``: a record's operators."""
+    total: dict[str, Spent] = {}
+    for row in rows:
+        spent = total.setdefault(row["operator"], Spent(operator=row["operator"]))
+        spent.images_in += 0 if row["round"] else int(row["images_in"])  # a later round has what the first one left
+        for name in SECONDS:
+            setattr(spent, name, getattr(spent, name) + row.get(name, 0.0))  # older records have fewer
+    return [spent for spent in total.values() if spent.seconds]
+
+
 def stage_rows(tally: Tally, plan: Plan) -> list[dict[str, Any]]:
     """Per stage what the run record says of it, with its rounds one by one.
 
@@ -118,7 +149,7 @@ def stage_rows(tally: Tally, plan: Plan) -> list[dict[str, Any]]:
                 "tests": int(sum(work["tests"] for work in rounds)),
                 "images_out": int(rounds[-1]["images_out"]),
                 "gmac": sum(work["gmac"] for work in rounds),
-                "seconds": sum(work["seconds"] for work in rounds),
+                **{name: sum(work[name] for work in rounds) for name in SECONDS},
                 "bursts": None if stage.burst is None else int(rounds[0]["bursts"]),
             }
         )

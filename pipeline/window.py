@@ -102,6 +102,8 @@ class Work:
     images_out: int = 0
     gmac: float = 0.0
     seconds: float = 0.0
+    transfer_seconds: float = 0.0
+    waited_seconds: float = 0.0
     bursts: int = 0
 
 

@@ -21,7 +21,7 @@ from pipeline.plan import Preparation, WindowSpec, parse_plan
 from pipeline.sink import Sink
 from pipeline.storage import s3_client
 from pipeline.store import Store
-from pipeline.tally import Tally, stage_rows
+from pipeline.tally import SECONDS, Tally, stage_rows
 from pipeline.window import GroupTest, Image, Window, Work, windows_from_table, windows_to_table
 from tests.test_plan import content
 
@@ -231,7 +231,7 @@ WORK = st.fixed_dictionaries(
         "round": st.sampled_from([None, 0, 1]),
         **{
             name: st.integers(0, 9)
-            for name in ("images_in", "tests", "positive_tests", "images_out", "gmac", "seconds", "bursts")
+            for name in ("images_in", "tests", "positive_tests", "images_out", "gmac", *SECONDS, "bursts")
         },
     }
 )

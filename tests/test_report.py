@@ -127,7 +127,13 @@ LEDGER = [*(cleared(index, 0.001) for index in range(30)), cleared(30, 0.0199), 
 
 
 def work(
-    images_in: int, images_out: int, tests: int = 0, positive: int = 0, gmac: float = 0, seconds: float = 0
+    images_in: int,
+    images_out: int,
+    tests: int = 0,
+    positive: int = 0,
+    gmac: float = 0,
+    seconds: float = 0,
+    **spent: float,
 ) -> dict:
     return {
         "images_in": images_in,
@@ -136,11 +142,14 @@ def work(
         "positive_tests": positive,
         "gmac": gmac,
         "seconds": seconds,
-    }
+    } | spent
 
 
 def run_record(**changes: Any) -> dict[str, Any]:
-    screen = [{"group_size": 16} | work(2000, 160, 125, 10, 250, 50), {"group_size": 4} | work(160, 40, 40, 10, 10, 5)]
+    screen = [
+        {"group_size": 16} | work(2000, 160, 125, 10, 250, 50, transfer_seconds=8),
+        {"group_size": 4} | work(160, 40, 40, 10, 10, 5),
+    ]
     retest = [{"group_size": 1} | work(40, 4, 40, 4, 80, 45)]
     rounds = [("screen", 0, screen[0]), ("screen", 1, screen[1]), ("retest", 0, retest[0])]
     return {
@@ -156,7 +165,7 @@ def run_record(**changes: Any) -> dict[str, Any]:
         "errors": {"truncated": 7, "fetch_denied": 3},
         "operators": [
             {"operator": "fetch", "round": None} | work(2010, 2007, seconds=20),
-            {"operator": "decode:screen", "round": None} | work(2007, 2000, seconds=80),
+            {"operator": "decode:screen", "round": None} | work(2007, 2000, seconds=80, waited_seconds=20),
             *({"operator": stage, "round": number} | entry for stage, number, entry in rounds),
         ],
         "stages": [
@@ -224,10 +233,10 @@ def test_funnel_times_errors_and_digests(render: Render) -> None:
     assert steps["screen, round 1"] == ["", "2,000", "160", "16", "125", "8.00 %", "250", "50.0 s"]
     assert steps["retest, round 1"] == ["", "40", "4", "1", "40", "10.00 %", "80", "45.0 s"]
     assert page.table("Operator") == {
-        "fetch": ["", "20.0 s", "10.00 %", "2,010", "100"],
-        "decode:screen": ["", "80.0 s", "40.00 %", "2,007", "25.1"],
-        "screen": ["", "55.0 s", "27.50 %", "2,000", "36.4"],
-        "retest": ["", "45.0 s", "22.50 %", "40", "0.889"],
+        "fetch": ["", "20.0 s", "10.00 %", "–", "–", "–", "2,010", "100"],
+        "decode:screen": ["", "80.0 s", "40.00 %", "–", "20.0 s", "80.00 %", "2,007", "25.1"],
+        "screen": ["", "55.0 s", "27.50 %", "8.0 s", "–", "–", "2,000", "36.4"],
+        "retest": ["", "45.0 s", "22.50 %", "–", "–", "–", "40", "0.889"],
     }
     assert page.table("Code") == {
         "truncated": ["7", CODES["truncated"].meaning],

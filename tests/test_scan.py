@@ -23,6 +23,7 @@ from pipeline.examples import read_labels
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.schema import ERRORS, FLAGGED, LEDGER
 from pipeline.store import Store
+from pipeline.tally import spent_by
 from tests.conftest import small_plan, upload
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -80,6 +81,12 @@ def test_fused_operators_decide_as_those_that_stand_alone(scanned, corpus, tmp_p
         for each in (fused, record)
     )
     assert mine == theirs
+    for each in (fused, record):
+        spent = {one.operator: one for one in spent_by(each["operators"])}
+        assert list(spent) == ["fetch", "decode:group", "group", "decode:single", "single", "write"]
+        assert all(0 < one.transfer_seconds < one.seconds for name, one in spent.items() if name in ("group", "single"))
+        assert not any(one.transfer_seconds for name, one in spent.items() if name not in ("group", "single"))
+        assert spent["write"].images_in == spent["fetch"].images_in == 320
 
 
 def test_quality_is_what_the_tables_say(scanned, corpus):

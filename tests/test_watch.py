@@ -12,12 +12,14 @@ from threading import Barrier
 import pytest
 from ray import cloudpickle
 
-from pipeline import flow, watch
+from pipeline import flow, rows, watch
 from pipeline.errors import RunError
-from pipeline.rows import Gate
+from pipeline.progress import time_rows
+from pipeline.rows import Gate, Pace
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.stages import GroupStage
 from pipeline.watch import Book, Watch
+from pipeline.window import Window, Work
 from tests.conftest import QUICK, small_plan
 
 
@@ -44,6 +46,37 @@ def test_the_watch_ends_a_window_that_keeps_dying_and_says_which():
         guard.begin("single", [(2, 7)])
     guard.begin("single", [(2, 8)])
     assert "'single' has held window 7 of shard 2 for" in guard.describe()
+
+
+def test_an_operator_notes_how_long_it_had_nothing_to_do(monkeypatch):
+    clock = iter([10.0, 12.5, 20.0, 21.0, 22.0])
+    monkeypatch.setattr(rows.time, "perf_counter", lambda: next(clock))
+    pace, waits = Pace("single"), []
+    for _ in range(3):
+        pace.begin()
+        windows = [Window(shard=0, window=number, first_ordinal=0, images=[]) for number in range(2)]
+        for window in windows:
+            window.work = [Work(operator="decode:single"), Work(operator="single", round=0), Work(operator="single")]
+        pace.note(windows)
+        waits.append([[work.waited_seconds for work in window.work] for window in windows])
+        pace.end()
+    none = [0.0, 0.0, 0.0]
+    assert waits == [[none, none], [[0.0, 2.5, 0.0], none], [[0.0, 1.0, 0.0], none]]
+
+
+def test_who_hardly_waits_is_named_at_the_end():
+    fetch = {"operator": "fetch", "round": None, "images_in": 9, "seconds": 3.0, "waited_seconds": 97.0}
+    decode = {"operator": "decode:s", "round": None, "images_in": 9, "seconds": 60.0, "waited_seconds": 20.0}
+    first = {"operator": "s", "round": 0, "images_in": 9, "seconds": 30.0, "transfer_seconds": 5.0}
+    again = {"operator": "s", "round": 1, "images_in": 2, "seconds": 7.0, "waited_seconds": 63.0}
+    assert list(time_rows({"operators": [fetch, decode, first, again]})) == [
+        ("fetch, time at work", "3.0 s, 3%; waited 97.0 s"),
+        ("decode:s, time at work", "60.0 s, 60%; waited 20.0 s"),
+        ("s, time at work", "37.0 s, 37%, 5.0 s of it transfer; waited 63.0 s"),
+        ("more actors help first", "decode:s, at work for 75% of its time"),
+    ]
+    old = {"operator": "fetch", "round": None, "images_in": 9, "seconds": 3.0}
+    assert list(time_rows({"operators": [old]})) == [("fetch, time at work", "3.0 s, 100%")]
 
 
 class Deadly(GroupStage):

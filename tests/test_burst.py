@@ -269,9 +269,9 @@ def record(stages: list[dict]) -> dict:
     facts = {"run_id": "r", "status": "complete", "counts": counts, "errors": {"truncated": 1}, "windows": 2}
     times = {"seconds": 1.0, "startup_seconds": 0.5, "images_per_s": 192.0}
     work = [
-        {"operator": "decode:s", "seconds": 3.0},
-        {"operator": "s", "seconds": 0.6},
-        {"operator": "s", "seconds": 0.4},
+        {"operator": "decode:s", "round": None, "images_in": 192, "seconds": 3.0},
+        {"operator": "s", "round": 0, "images_in": 191, "seconds": 0.6},
+        {"operator": "s", "round": 1, "images_in": 32, "seconds": 0.4},
     ]
     return facts | times | {"stages": stages, "operators": work, "relative_cost": 0.5, "quality": None}
 

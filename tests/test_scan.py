@@ -83,7 +83,7 @@ def test_fused_operators_decide_as_those_that_stand_alone(scanned, corpus, tmp_p
     assert mine == theirs
     for each in (fused, record):
         spent = {one.operator: one for one in spent_by(each["operators"])}
-        assert list(spent) == ["fetch", "decode:group", "group", "decode:single", "single", "write"]
+        assert list(spent) == ["fetch", "decode:group", "group", "single", "write"]
         assert all(0 < one.transfer_seconds < one.seconds for name, one in spent.items() if name in ("group", "single"))
         assert not any(one.transfer_seconds for name, one in spent.items() if name not in ("group", "single"))
         assert spent["write"].images_in == spent["fetch"].images_in == 320

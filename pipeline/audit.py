@@ -126,14 +126,15 @@ def _checks(
 
 
 def _notes(
-    samples: dict[str, Reviewed], estimates: dict[str, Estimate], checks: list[Check], confidence: float, unsure: int
+    samples: dict[str, Reviewed],
+    estimates: dict[str, Estimate],
+    checks: list[Check],
+    confidence: float,
+    unsure: dict[str, int],
 ) -> list[str]:
     notes = []
     if unsure:
-        notes.append(
-            f"{unsure:,} images were reviewed and left unsure: they count as not reviewed, although they are no random "
-            "part; a second opinion settles them (jobs.review --kind second)"
-        )
+        notes.append(_unsure_note(unsure))
     for name, found in estimates.items():
         if found.flagged_reviewed < found.flagged:
             notes.append(
@@ -150,6 +151,21 @@ def _notes(
         if check.name != CANARIES and not check.broken:
             notes += _power_note(check, samples[check.name], estimates[check.name], each)
     return notes
+
+
+def _unsure_note(unsure: dict[str, int]) -> str:
+    """What overrules an opinion is one of its kind or of a higher one: after an appeal no second opinion does."""
+    appealed = unsure.get("appeal", 0)
+    others = sum(unsure.values()) - appealed
+    ways = [
+        f"{way} settles {images:,} of them (jobs.review --kind {kind})"
+        for way, kind, images in (("a second opinion", "second", others), ("another appeal review", "appeal", appealed))
+        if images
+    ]
+    return (
+        f"{others + appealed:,} images were reviewed and left unsure: they count as not reviewed, although they are no "
+        f"random part; {', '.join(ways)}, by somebody who has not judged them"
+    )
 
 
 def _power_note(check: Check, sample: Reviewed, found: Estimate, confidence: float) -> list[str]:

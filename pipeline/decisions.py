@@ -32,7 +32,8 @@ KINDS = ("first", "second", "appeal")
 """From the lowest up: a decision of a higher kind stands whatever lower ones said, and said later."""
 LABELS = {"violating": 1, "not violating": 0}
 """Decisions that give a label."""
-JUDGEMENTS = (*LABELS, "unsure")
+UNSURE = "unsure"
+JUDGEMENTS = (*LABELS, UNSURE)
 """Decisions on what the picture shows. ``not seen`` is none: there was no picture to look at."""
 ANSWERS = (*JUDGEMENTS, "not seen")
 WITHDRAWN = "withdrawn"
@@ -63,11 +64,12 @@ WINDOW images AS (PARTITION BY image_id, category)"""
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What stands. ``unsure``: images by id of which the standing decision in some category gives no label."""
+    """What stands. ``unsure``: images of which the standing decision in some category gives no label."""
 
     labels: dict[tuple[str, str], int]
     """By (image_id, category): 1 violating, 0 not."""
-    unsure: frozenset[str]
+    unsure: dict[str, str]
+    """By image_id: the kind of that decision, the highest where there are several."""
 
 
 def review_files(store: Store, day: str | None = None) -> list[str]:
@@ -118,10 +120,13 @@ def standing(decisions: pa.Table) -> Standing:
     """What stands of ``schema.DECISIONS`` rows."""
     with duckdb.connect() as connection:
         connection.register("decisions", decisions)
-        found = connection.execute(f"SELECT image_id, category, label FROM ({STANDING}) WHERE stands").fetchall()
+        found = connection.execute(f"SELECT image_id, category, label, kind FROM ({STANDING}) WHERE stands").fetchall()
+    unsure = sorted(
+        ((image, kind) for image, _, label, kind in found if label is None), key=lambda of: KINDS.index(of[1])
+    )
     return Standing(
-        labels={(image, category): label for image, category, label in found if label is not None},
-        unsure=frozenset(image for image, _, label in found if label is None),
+        labels={(image, category): label for image, category, label, _ in found if label is not None},
+        unsure=dict(unsure),
     )
 
 

@@ -95,9 +95,9 @@ class ReviewLog:
         kept = [decision for decision in found if decision.decision_id not in self.withdrawn]
         return sorted(kept, key=lambda decision: (decision.decided_at, decision.decision_id))
 
-    def newest(self, image_id: str, kind: str) -> Decision | None:
-        """The newest of a kind that was not taken back."""
-        found = [decision for decision in self.on(image_id) if decision.kind == kind]
+    def judgement(self, image_id: str, kind: str) -> Decision | None:
+        """The newest of a kind that says something of the picture and was not taken back."""
+        found = [decision for decision in self.on(image_id) if decision.kind == kind and decision.judges]
         return found[-1] if found else None
 
 

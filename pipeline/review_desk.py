@@ -70,7 +70,6 @@ class Desk:
         self.reviewer = check_reviewer(reviewer)
         self.log = ReviewLog(store)
         self.leases = Leases(store, kind, secrets.token_hex(16), clock)
-        self.items = {item.id: item for item in queue.items}
         if kind == "appeal" and appealed is None:
             appealed = open_appeals(queue, self.log)
         self.choice = Choice(kind=kind, reviewer=self.reviewer, appealed=appealed or [])

@@ -40,7 +40,18 @@ from pipeline.storage import s3_client
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand
-from tests.review_pages import MOMENT, PICTURES, desk_of, draw, drawn_row, flagged_row, night, of_file, write_run
+from tests.review_pages import (
+    MOMENT,
+    PICTURES,
+    appeal_by,
+    desk_of,
+    draw,
+    drawn_row,
+    flagged_row,
+    night,
+    of_file,
+    write_run,
+)
 
 
 def go(desk: Desk, answer: str = "not violating", *violating: str, **options: Any) -> dict[str, Any]:
@@ -397,13 +408,6 @@ def go_by_name(desk: Desk, answers: dict[str, str]) -> None:
         Path(item["name"].removeprefix("file://")).unlink()
     desk.picture(item["id"])
     desk.decide(item["id"], uuid4().hex, answer, ("gore",) if answer == "violating" else (), revealed=True)
-
-
-def appeal_by(store: Store, reviewer: str, *names: str) -> Desk:
-    """A session about images by the names of their files; without names about what appeals left unsure."""
-    queue = read_queue(store, ("mon",))
-    items = [item for name in names for item in queue.items if item.uri.endswith(f"/{name}")]
-    return Desk(store, queue, PICTURES, kind="appeal", reviewer=reviewer, appealed=items or None)
 
 
 def test_an_appeal_is_about_what_it_names_and_overrules(tmp_path):

@@ -42,24 +42,48 @@ READERS = 32
 _RANKS = " ".join(f"WHEN '{kind}' THEN {rank}" for rank, kind in enumerate(KINDS))
 _JUDGEMENTS = ", ".join(f"'{name}'" for name in JUDGEMENTS)
 
-# All decisions of ``decisions``, each with whether it was taken back, whether it stands, and whether those that count
-# on its image and category differ.
+
+def _said_by(decision: str) -> str:
+    return f"coalesce(list(DISTINCT reviewer ORDER BY reviewer) FILTER (decision = '{decision}'), [])"
+
+
+ROWS = "review_rows"
+"""What the queries here call the rows of the files."""
+
+# All decisions, each with whether it was taken back, whether it stands, and whether those that count on its image and
+# category differ. What an analyst reads comes first.
 STANDING = f"""
 WITH marked AS (
     SELECT d.*, coalesce(w.withdraws IS NOT NULL, false) AS taken_back,
         w.withdraws IS NULL AND d.decision IN ({_JUDGEMENTS}) AS counts
-    FROM decisions d LEFT JOIN (SELECT DISTINCT withdraws FROM decisions WHERE withdraws IS NOT NULL) w
+    FROM {ROWS} d LEFT JOIN (SELECT DISTINCT withdraws FROM {ROWS} WHERE withdraws IS NOT NULL) w
         ON w.withdraws = d.decision_id
 )
-SELECT * EXCLUDE (counts),
+SELECT source_uri, category, decision, kind, reviewer, decided_at,
     counts AND row_number() OVER (
         PARTITION BY image_id, category, counts
         ORDER BY CASE kind {_RANKS} ELSE -1 END DESC, decided_at DESC, decision_id DESC
     ) = 1 AS stands,
     coalesce(min(label) FILTER (WHERE counts) OVER images <> max(label) FILTER (WHERE counts) OVER images, false)
-        AS disputed
+        AS disputed,
+    taken_back, label, revealed, run_id, image_id, sha256, decision_id, withdraws
 FROM marked
 WINDOW images AS (PARTITION BY image_id, category)"""
+
+# One row for each image and category that has a decision.
+DECISIONS = """
+SELECT source_uri, category, decision, kind, reviewer, decided_at, disputed, label, revealed, run_id, image_id, sha256,
+    decision_id
+FROM reviews WHERE stands"""
+
+# Where labels differ: what stands, and who says what.
+DISPUTED = f"""
+SELECT source_uri, category,
+    any_value(decision) FILTER (stands) AS decision, any_value(kind) FILTER (stands) AS kind,
+    {", ".join(f"{_said_by(name)} AS {name.replace(' ', '_')}" for name in JUDGEMENTS)},
+    max(decided_at) AS last_decided_at, image_id
+FROM reviews WHERE disputed AND NOT taken_back
+GROUP BY source_uri, category, image_id"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +143,7 @@ def read_standing(store: Store) -> Standing:
 def standing(decisions: pa.Table) -> Standing:
     """What stands of ``schema.DECISIONS`` rows."""
     with duckdb.connect() as connection:
-        connection.register("decisions", decisions)
+        connection.register(ROWS, decisions)
         found = connection.execute(f"SELECT image_id, category, label, kind FROM ({STANDING}) WHERE stands").fetchall()
     unsure = sorted(
         ((image, kind) for image, _, label, kind in found if label is None), key=lambda of: KINDS.index(of[1])
@@ -133,7 +157,7 @@ def standing(decisions: pa.Table) -> Standing:
 def source_labels(decisions: pa.Table) -> pa.Table:
     """What stands as ``schema.LABELS``; without objects that have several labels in several versions."""
     with duckdb.connect() as connection:
-        connection.register("decisions", decisions)
+        connection.register(ROWS, decisions)
         answer = connection.sql(
             f"SELECT source_uri AS uri, category, min(label) AS label FROM ({STANDING}) WHERE stands "
             "GROUP BY ALL HAVING min(label) = max(label) AND count(label) = count(*) ORDER BY ALL"

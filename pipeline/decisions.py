@@ -1,16 +1,16 @@
 """What people decided on the review page: a small Parquet file a decision below ``reviews/``, added and never changed.
 
     OUT/reviews/review_date=D/<time>-<decision_id>.parquet   a row for each category that was asked for
+    OUT/reviews/review_date=D/merged-<id>.parquet            many of these in one (``compact_reviews.py``)
     OUT/reviews/_leases/                                     who is looking at what (``leases.py``)
 
 Taking a decision back is a row of its own. Which decision stands is said here and nowhere else (``STANDING``): of
 those on one image and category that were not taken back the newest of the highest kind. Only ``jobs.erase`` takes rows
-out.
+out. While files are merged a row is there twice, and counts once.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from datetime import datetime
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -38,6 +39,10 @@ JUDGEMENTS = (*LABELS, UNSURE)
 ANSWERS = (*JUDGEMENTS, "not seen")
 WITHDRAWN = "withdrawn"
 READERS = 32
+YOUNG_DAYS = 2
+"""Today and yesterday: days whose folder may still get decisions, from machines whose clocks differ."""
+REWRITTEN = "decisions"
+"""What is held by who replaces files of decisions (``leases.alone``)."""
 
 _RANKS = " ".join(f"WHEN '{kind}' THEN {rank}" for rank, kind in enumerate(KINDS))
 _JUDGEMENTS = ", ".join(f"'{name}'" for name in JUDGEMENTS)
@@ -53,10 +58,12 @@ ROWS = "review_rows"
 # All decisions, each with whether it was taken back, whether it stands, and whether those that count on its image and
 # category differ. What an analyst reads comes first.
 STANDING = f"""
-WITH marked AS (
+WITH once AS (
+    SELECT DISTINCT ON (decision_id, category) * FROM {ROWS} ORDER BY decided_at
+), marked AS (
     SELECT d.*, coalesce(w.withdraws IS NOT NULL, false) AS taken_back,
         w.withdraws IS NULL AND d.decision IN ({_JUDGEMENTS}) AS counts
-    FROM {ROWS} d LEFT JOIN (SELECT DISTINCT withdraws FROM {ROWS} WHERE withdraws IS NOT NULL) w
+    FROM once d LEFT JOIN (SELECT DISTINCT withdraws FROM once WHERE withdraws IS NOT NULL) w
         ON w.withdraws = d.decision_id
 )
 SELECT source_uri, category, decision, kind, reviewer, decided_at,
@@ -117,6 +124,26 @@ def read_decisions(store: Store, keys: Iterable[str]) -> pa.Table:
     return pa.concat_tables([schema.DECISIONS.empty_table(), *(table for _, table in read_each(store, keys))])
 
 
+def read_all(store: Store) -> tuple[pa.Table, set[str]]:
+    """All decisions, once each, and the keys of their files. Raises UsageError for a file that is no review."""
+    tables, read = [schema.DECISIONS.empty_table()], set[str]()
+    while fresh := [key for key in review_files(store) if key not in read]:
+        found = [table for _, table in read_each(store, fresh)]
+        tables += found
+        read.update(fresh)
+        if all(table.num_rows for table in found):
+            break
+        # A file is gone that was listed: its rows may be in another one by now.
+    return distinct(pa.concat_tables(tables)), read
+
+
+def distinct(decisions: pa.Table) -> pa.Table:
+    """Each decision once a category: while files are merged, and when a PUT was repeated, there are more."""
+    numbered = decisions.append_column("row", pa.array(np.arange(len(decisions))))
+    first = numbered.group_by(["decision_id", "category"]).aggregate([("row", "min")])["row_min"]
+    return decisions.take(first.combine_chunks().sort())
+
+
 def read_each(store: Store, keys: Iterable[str]) -> Iterator[tuple[str, pa.Table]]:
     """The same file by file, many requests in flight."""
     wanted = list(keys)
@@ -126,18 +153,21 @@ def read_each(store: Store, keys: Iterable[str]) -> Iterator[tuple[str, pa.Table
 
 def _read(store: Store, key: str) -> pa.Table:
     try:
-        # One after the other within a thread: that many small files are slower with Arrow's threads on top.
-        body = io.BytesIO(store.read(key))
-        return pq.read_table(body, use_threads=False).select(schema.DECISIONS.names).cast(schema.DECISIONS)
+        # One after the other within a thread: that many small files are slower with Arrow's threads on top. And not by
+        # read_table, which makes a dataset of each.
+        table = pq.ParquetFile(pa.BufferReader(store.read(key))).read(use_threads=False)
+        if table.schema.equals(schema.DECISIONS):
+            return table
+        return table.select(schema.DECISIONS.names).cast(schema.DECISIONS)
     except FileNotFoundError:
-        return schema.DECISIONS.empty_table()  # erased since it was listed
+        return schema.DECISIONS.empty_table()  # erased or merged since it was listed
     except (KeyError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{store.uri_of(key)} is no file of reviews: {reason(error)}; take it away") from error
 
 
 def read_standing(store: Store) -> Standing:
     """What stands of all decisions in an output."""
-    return standing(read_decisions(store, review_files(store)))
+    return standing(read_all(store)[0])
 
 
 def standing(decisions: pa.Table) -> Standing:

@@ -12,9 +12,10 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.appeals import read_appeals
 from pipeline.errors import UsageError
-from pipeline.review_desk import Desk, check_reviewer
+from pipeline.review_desk import Desk
 from pipeline.review_picture import Pictures
 from pipeline.review_queue import newest_run, read_queue
+from pipeline.review_rules import check_reviewer
 from pipeline.review_server import serve
 from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
@@ -68,7 +69,7 @@ def run(config: JobConfig) -> None:
         pictures = Pictures(queue.limits, config.endpoint_url)
         desk = Desk(store, queue, pictures, kind=config.kind, reviewer=config.reviewer, appealed=appealed, say=say)
         desk.leases.sweep()
-    summary = desk.summary()
+    summary = desk.work.in_words()
 
     def started(address: str) -> None:
         say(f"{summary}\nopen {address}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -45,7 +46,7 @@ def compact_reviews(store: Store) -> list[Merged]:
         # Listed once more: another merge may have come to its end since.
         for day, keys in _days(store).items():
             hold()
-            merged.append(_merge(store, day, keys))
+            merged.append(_merge(store, day, keys, hold))
     return merged
 
 
@@ -58,9 +59,10 @@ def _days(store: Store) -> dict[str, list[str]]:
     return {day: keys for day, keys in days.items() if day < young and len(keys) > 1}
 
 
-def _merge(store: Store, day: str, keys: list[str]) -> Merged:
+def _merge(store: Store, day: str, keys: list[str], hold: Callable[[], None]) -> Merged:
     table = distinct(read_decisions(store, keys))
     body = table_bytes(table)
+    hold()  # many files take long to read
     key = f"{FOLDER}/review_date={day}/merged-{uuid.uuid4().hex}.parquet"
     store.write(key, body)
     store.read(key, digest(body))  # what is removed next must be there

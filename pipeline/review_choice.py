@@ -1,4 +1,4 @@
-"""Which images a session goes through, by its kind, and which of them are done for its reviewer.
+"""Which images a session goes through, by its kind, which of them are done for its reviewer, and what is left out.
 
 Nobody gives a further opinion on what they have decided. An image is done when somebody has decided it in a review of
 this kind. What a second opinion or an appeal left unsure is done for who said so, and open for everybody else: no
@@ -7,6 +7,7 @@ review of another kind would ask about it again, and an appeal has to get an ans
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.decisions import KINDS, UNSURE
@@ -19,17 +20,6 @@ FIRST = KINDS[0]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """``items``: done or not, in order. The other two count images that are not among them."""
-
-    items: list[Item]
-    own: int = 0
-    """The reviewer has decided them in a review of another kind."""
-    unjudged: int = 0
-    """No first review has come to a judgement: second opinions have nothing to second."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Choice:
     """``appealed``: what is appealed about, of appeals only."""
 
@@ -37,13 +27,11 @@ class Choice:
     reviewer: str
     appealed: list[Item]
 
-    def choose(self, queue: Queue, log: ReviewLog) -> Chosen:
+    def wanted(self, queue: Queue, log: ReviewLog) -> list[Item]:
+        """Whoever is to look at them."""
         if self.kind == FIRST:
-            return Chosen(items=queue.items)
-        wanted = self.appealed if self.kind == "appeal" else self._judged(queue, log)
-        items = [item for item in wanted if not self._decided_before(item, log)]
-        unjudged = len(queue.items) - len(wanted) if self.kind == "second" else 0
-        return Chosen(items=items, own=len(wanted) - len(items), unjudged=unjudged)
+            return queue.items
+        return self.appealed if self.kind == "appeal" else self._judged(queue, log)
 
     def _judged(self, queue: Queue, log: ReviewLog) -> list[Item]:
         """Unsure ones first, then those where person and net disagree, then the rest."""
@@ -56,7 +44,10 @@ class Choice:
 
         return sorted((item for item in queue.items if last[item.image_id]), key=order)
 
-    def _decided_before(self, item: Item, log: ReviewLog) -> bool:
+    def is_own(self, item: Item, log: ReviewLog) -> bool:
+        """Whether the reviewer has judged it in another kind of review, and gives no further opinion."""
+        if self.kind == FIRST:
+            return False
         said = (decision for decision in log.on(item.image_id) if decision.judges)
         return any(decision.reviewer == self.reviewer and decision.kind != self.kind for decision in said)
 
@@ -74,6 +65,60 @@ class Choice:
     def waits(self, item: Item, log: ReviewLog) -> bool:
         """Done for this reviewer, and open for somebody else."""
         return self._is_open(item, log) and self.is_done(item, log)
+
+
+class Worklist:
+    """What a session goes through, in order, and how far that is done."""
+
+    def __init__(self, choice: Choice, queue: Queue, log: ReviewLog) -> None:
+        self.choice, self.queue, self.log = choice, queue, log
+        self.skipped: set[str] = set()
+        self.choose()
+
+    def choose(self) -> None:
+        """Again, when others have decided something."""
+        wanted = self.choice.wanted(self.queue, self.log)
+        self.items = [item for item in wanted if not self.choice.is_own(item, self.log)]
+        self.own = len(wanted) - len(self.items)
+        self.unjudged = len(self.queue.items) - len(wanted) if self.choice.kind == "second" else 0
+        self.done = {item.image_id for item in self.items if self.choice.is_done(item, self.log)}
+        self.waiting = {item.image_id for item in self.items if self.choice.waits(item, self.log)}
+
+    def look_again(self, item: Item) -> None:
+        """After a decision on it, or one that was taken back."""
+        for images, belongs in ((self.done, self.choice.is_done), (self.waiting, self.choice.waits)):
+            images.discard(item.image_id)
+            if belongs(item, self.log):
+                images.add(item.image_id)
+
+    def of_category(self, category: str | None) -> list[Item]:
+        return [item for item in self.items if category is None or category in item.near]
+
+    def to_go(self, category: str | None) -> Iterator[Item]:
+        for item in self.of_category(category):
+            if item.image_id not in self.done and item.image_id not in self.skipped:
+                yield item
+
+    def counts(self, category: str | None) -> dict[str, int]:
+        """Images done and in all; ``waiting``: those done that somebody else has to look at."""
+        images = [item.image_id for item in self.of_category(category)]
+        parts = {"done": self.done, "skipped": self.skipped, "waiting": self.waiting}
+        return {"total": len(images)} | {name: sum(image in part for image in images) for name, part in parts.items()}
+
+    def in_words(self) -> str:
+        """What the session is about and what it leaves out, in a line."""
+        left_out = {
+            f"that {self.choice.reviewer} decided in another kind of review": self.own,
+            "that no first review has judged": self.unjudged,
+        }
+        runs, said = (", ".join(parts) for parts in (self.queue.run_ids, _counted(left_out)))
+        waiting = f", {len(self.waiting):,} of them unsure, for somebody else" if self.waiting else ""
+        line = f"{runs}: {len(self.items):,} images to review, {len(self.done):,} decided{waiting}"
+        return f"{line}; left out: {said}" if said else line
+
+
+def _counted(reasons: dict[str, int]) -> list[str]:
+    return [f"{images:,} {why}" for why, images in reasons.items() if images]
 
 
 def is_unsure(item: Item, kind: str, log: ReviewLog) -> bool:

@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from pipeline import review_log
 from pipeline.decisions import WITHDRAWN
-from pipeline.errors import UsageError
 from pipeline.leases import Leases, now
-from pipeline.review_choice import Choice, open_appeals
+from pipeline.review_choice import Choice, Worklist, open_appeals
 from pipeline.review_items import Item
-from pipeline.review_log import Decision, ReviewLog
+from pipeline.review_log import ReviewLog
 from pipeline.review_picture import Pictures, Shown
 from pipeline.review_queue import Queue
-from pipeline.review_rules import Refused, check_answer, check_id
+from pipeline.review_rules import Refused, check_answer, check_id, check_reviewer
 from pipeline.store import Store
 from pipeline.visible import visible
 
 MOST_AHEAD = 4
 """Images that a page may hold at one time."""
-MAX_NAME = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +37,6 @@ class Made:
     decision_id: str
     item: Item
     rows: list[dict[str, Any]]
-
-
-def check_reviewer(name: str) -> str:
-    """Raises UsageError for a name that could not be read in a table."""
-    if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
-        raise UsageError(
-            f"reviewer is {name!r}, but decisions carry this name: give one of 1 to {MAX_NAME} printable characters"
-        )
-    return name.strip()
 
 
 class Desk:
@@ -72,58 +61,26 @@ class Desk:
         self.leases = Leases(store, kind, secrets.token_hex(16), clock)
         if kind == "appeal" and appealed is None:
             appealed = open_appeals(queue, self.log)
-        self.choice = Choice(kind=kind, reviewer=self.reviewer, appealed=appealed or [])
+        choice = Choice(kind=kind, reviewer=self.reviewer, appealed=appealed or [])
+        self.work = Worklist(choice, queue, self.log)
         self.lock = threading.RLock()
         self.held: dict[str, Item] = {}
         self.shown: dict[str, Shown] = {}
         self.say = say
         self.reported: set[str | None] = set()
-        """Codes of what has been said."""
-        self.skipped: set[str] = set()
+        """Codes of failures that have been said."""
         self.made: list[Made] = []
         self.answered: dict[str, dict[str, Any]] = {}
         """What was answered to each decision id: a request that is sent again decides nothing twice."""
         self.unblinded: set[str] = set()
         """Decisions after which the reviewer has asked what the nets said."""
-        self._choose()
-
-    def _choose(self) -> None:
-        self.chosen = self.choice.choose(self.queue, self.log)
-        self.done = {item.image_id for item in self.todo if self.choice.is_done(item, self.log)}
-        self.waiting = {item.image_id for item in self.todo if self.choice.waits(item, self.log)}
-
-    def _look_again(self, item: Item) -> None:
-        """After a decision on it, or one that was taken back."""
-        for images, belongs in ((self.done, self.choice.is_done), (self.waiting, self.choice.waits)):
-            images.discard(item.image_id)
-            if belongs(item, self.log):
-                images.add(item.image_id)
-
-    @property
-    def todo(self) -> list[Item]:
-        """What this session goes through, done or not."""
-        return self.chosen.items
 
     def refresh(self) -> None:
         """Learns what others have decided."""
         with self.lock:
             self.leases.forget()
             if self.log.refresh():
-                self._choose()
-
-    def summary(self) -> str:
-        """What this session is about and what it leaves out, in a line."""
-        count = self.progress()
-        left_out = {
-            f"that {self.reviewer} decided in another kind of review": self.chosen.own,
-            "that no first review has judged": self.chosen.unjudged,
-        }
-        said = ", ".join(f"{images:,} {why}" for why, images in left_out.items() if images)
-        waiting = f", {count['waiting']:,} of them unsure, for somebody else" if count["waiting"] else ""
-        return (
-            f"{', '.join(self.queue.run_ids)}: {count['total']:,} images to review, {count['done']:,} decided{waiting}"
-            + (f"; left out: {said}" if said else "")
-        )
+                self.work.choose()
 
     def about(self) -> dict[str, Any]:
         return {
@@ -131,21 +88,14 @@ class Desk:
             "kind": self.kind,
             "categories": list(self.queue.categories),
             "runs": list(self.queue.run_ids),
-            "left_to_others": self.chosen.own,
+            "left_to_others": self.work.own,
         }
 
     def progress(self, category: str | None = None) -> dict[str, Any]:
-        """Images done and in all, of a category or of all; ``waiting``: those done that somebody else has to look at;
-        ``answers``: how those done by this reviewer ended."""
+        """``Worklist.counts`` of a category or of all; ``answers``: how those done by this reviewer ended."""
         with self.lock:
-            chosen = [item for item in self.todo if category is None or category in item.near]
-            mine = [made.rows for made in self.made]
-            answers = [self.log.of_image[rows[0]["image_id"]][rows[0]["decision_id"]] for rows in mine]
-            return {
-                "done": sum(item.image_id in self.done for item in chosen),
-                "total": len(chosen),
-                "skipped": sum(item.image_id in self.skipped for item in chosen),
-                "waiting": sum(item.image_id in self.waiting for item in chosen),
+            answers = [self.log.of_image[made.item.image_id][made.decision_id] for made in self.made]
+            return self.work.counts(category) | {
                 "mine": len(self.made),
                 "answers": review_log.count_answers(answers),
                 "can_undo": bool(self.made) and self.made[-1].decision_id not in self.unblinded,
@@ -155,11 +105,11 @@ class Desk:
         """Up to ``wanted`` images that the page does not have yet, each with a lease. ``again``: skipped ones too."""
         with self.lock:
             if again:
-                self.skipped.clear()
+                self.work.skipped.clear()
             self._put_down(have, category)
             found: list[dict[str, Any]] = []
             elsewhere = 0
-            for item in self._open(category):
+            for item in self.work.to_go(category):
                 if len(found) >= min(wanted, MOST_AHEAD - len(have)):
                     break
                 if item.id in have:
@@ -170,13 +120,6 @@ class Desk:
                 else:
                     elsewhere += 1
             return {"items": found, "elsewhere": elsewhere, "progress": self.progress(category)}
-
-    def _open(self, category: str | None) -> Iterator[Item]:
-        for item in self.todo:
-            if item.image_id in self.done or item.image_id in self.skipped:
-                continue
-            if category is None or category in item.near:
-                yield item
 
     def _put_down(self, have: list[str], category: str | None) -> None:
         """Gives up what the page has let go of: after a change of the filter others may look at it."""
@@ -249,10 +192,10 @@ class Desk:
             )
             self.log.write(rows)
             self.made.append(Made(decision_id=decision_id, item=item, rows=rows))
-            self._look_again(item)
+            self.work.look_again(item)
             self.held.pop(page_id)
             # The lease of what is done runs out by itself: others may not know of the decision yet.
-            if item.image_id in self.waiting:
+            if item.image_id in self.work.waiting:
                 self.leases.release([item.image_id])
             self.answered[decision_id] = {"answer": answer, "can_undo": True}
             return self.answered[decision_id]
@@ -264,8 +207,8 @@ class Desk:
             self.held.pop(item.id)
             raise Refused("You had it for so long that another reviewer has it now; nothing was recorded.", gone=True)
         if lapsed and self.log.refresh():
-            self._choose()
-            if item.image_id in self.done:
+            self.work.choose()
+            if item.image_id in self.work.done:
                 self._let_go(item)
                 raise Refused("Another reviewer has decided it meanwhile; nothing was recorded.", gone=True)
 
@@ -286,7 +229,7 @@ class Desk:
             taken |= {"decision": WITHDRAWN, "label": None}
             self.log.write([row | taken for row in last.rows])
             self.made.pop()
-            self._look_again(last.item)
+            self.work.look_again(last.item)
             self.leases.take(last.item.image_id)
             self.held[last.item.id] = last.item
             self.answered[decision_id] = {"item": self._to_page(last.item)}
@@ -296,7 +239,7 @@ class Desk:
         """Leaves an image for later, or for others. Raises Refused."""
         with self.lock:
             item = self._item(page_id)
-            self.skipped.add(item.image_id)
+            self.work.skipped.add(item.image_id)
             self._let_go(item)
 
     def history_of_last(self) -> dict[str, Any]:
@@ -316,7 +259,3 @@ class Desk:
         with self.lock:
             self.leases.release([item.image_id for item in self.held.values()])
             self.held.clear()
-
-    def decisions_made(self) -> list[Decision]:
-        with self.lock:
-            return [self.log.of_image[made.item.image_id][made.decision_id] for made in self.made]

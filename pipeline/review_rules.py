@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 from pipeline.decisions import ANSWERS, JUDGEMENTS
+from pipeline.errors import UsageError
 from pipeline.review_items import Item
 from pipeline.review_picture import Shown
 
 DECISION_ID = re.compile(r"[0-9a-f]{32}")
+MAX_NAME = 64
 
 
 class Refused(Exception):
@@ -17,6 +19,15 @@ class Refused(Exception):
     def __init__(self, why: str, *, gone: bool = False) -> None:
         super().__init__(why)
         self.gone = gone
+
+
+def check_reviewer(name: str) -> str:
+    """Raises UsageError for a name that could not be read in a table."""
+    if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
+        raise UsageError(
+            f"reviewer is {name!r}, but decisions carry this name: give one of 1 to {MAX_NAME} printable characters"
+        )
+    return name.strip()
 
 
 def check_id(decision_id: str) -> None:

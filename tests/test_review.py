@@ -29,10 +29,10 @@ from pipeline.errors import StoreError, UsageError
 from pipeline.examples import read_known
 from pipeline.leases import LEASE_SECONDS, Leases
 from pipeline.plan import Preparation
-from pipeline.review_desk import Desk, check_reviewer
+from pipeline.review_desk import Desk
 from pipeline.review_picture import SIDE, Pictures
 from pipeline.review_queue import newest_run, read_queue
-from pipeline.review_rules import Refused
+from pipeline.review_rules import Refused, check_reviewer
 from pipeline.reviews import read_evidence
 from pipeline.sink import table_bytes
 from pipeline.source import image_id
@@ -68,7 +68,7 @@ def name_of(item: dict[str, Any]) -> str:
 
 
 def names_to_go(desk: Desk) -> list[str]:
-    return [item.uri.rsplit("/", 1)[1] for item in desk.todo if item.image_id not in desk.done]
+    return [item.uri.rsplit("/", 1)[1] for item in desk.work.items if item.image_id not in desk.work.done]
 
 
 # Which decision stands
@@ -150,16 +150,16 @@ def test_neither_place_nor_words_nor_pictures_tell_drawn_images_from_flagged_one
     """By lot: of 300 drawn among 300 flagged, the mean place is that of all, and the sent objects have equal keys."""
     store = night(tmp_path, flagged=300, drawn=300, categories=("gore", "weapon"))
     desk = desk_of(store)
-    places = [place for place, item in enumerate(desk.todo) if not item.flagged]
+    places = [place for place, item in enumerate(desk.work.items) if not item.flagged]
     # The mean of 300 uniform places of 600 has a standard deviation of ten.
     assert abs(np.mean(places) - 300) < 50
     assert np.histogram(places, bins=6, range=(0, 600))[0].min() > 20
-    sent = {item.flagged: desk._to_page(item) for item in desk.todo}
+    sent = {item.flagged: desk._to_page(item) for item in desk.work.items}
     assert sent[True].keys() == sent[False].keys() == {"id", "name", "categories"}
     assert sent[True]["categories"] == sent[False]["categories"] == ["gore", "weapon"]
     answered = {}
     for flagged in (True, False):
-        item = next(item for item in desk.todo if item.flagged == flagged)
+        item = next(item for item in desk.work.items if item.flagged == flagged)
         desk.held[item.id] = item
         shown = desk.picture(item.id)
         assert shown.jpeg
@@ -167,7 +167,7 @@ def test_neither_place_nor_words_nor_pictures_tell_drawn_images_from_flagged_one
     assert answered[True] == answered[False]
     assert "score" not in json.dumps(desk.next([], None, 4)) and "near" not in json.dumps(desk.about())
     # Ids are of one session: two reviewers cannot compare notes by them, and the tables have none of them.
-    assert not {item.id for item in desk.todo} & {item.id for item in desk_of(store, reviewer="bob").todo}
+    assert not {item.id for item in desk.work.items} & {item.id for item in desk_of(store, reviewer="bob").work.items}
 
 
 def test_a_filter_keeps_drawn_images_of_the_category_they_came_nearest_to(tmp_path):
@@ -375,10 +375,10 @@ def test_a_second_opinion_is_of_another_person_and_begins_where_it_is_needed(tmp
         "mon-4.jpg",
     }
     own = desk_of(store, kind="second")
-    assert own.todo == []
+    assert own.work.items == []
     # What stands in the terminal: whose decisions are left out, and how many.
-    assert bob.summary() == ("mon: 4 images to review, 0 decided; left out: 1 that no first review has judged")
-    assert own.summary() == (
+    assert bob.work.in_words() == ("mon: 4 images to review, 0 decided; left out: 1 that no first review has judged")
+    assert own.work.in_words() == (
         "mon: 0 images to review, 0 decided; left out: 4 that ann decided in another kind of review, "
         "1 that no first review has judged"
     )
@@ -390,7 +390,7 @@ def test_a_second_opinion_is_of_another_person_and_begins_where_it_is_needed(tmp
         ("first", "ann", "unsure"), ("second", "bob", "violating")
     ]  # fmt: skip
     assert bob.progress()["done"] == 1 and bob.progress()["total"] == 4
-    image = next(item.image_id for item in bob.todo if item.uri.endswith("mon-2.jpg"))
+    image = next(item.image_id for item in bob.work.items if item.uri.endswith("mon-2.jpg"))
     assert read_standing(store).labels[image, "gore"] == 1
 
 
@@ -421,7 +421,7 @@ def test_an_appeal_is_about_what_it_names_and_overrules(tmp_path):
     queue = read_queue(store, ("mon",))
     appealed = read_appeals(str(named), None, queue)
     assert [name_of(item.to_page()) for item in appealed] == ["mon-1.jpg"]
-    assert appeal_by(store, "ann", "mon-1.jpg").summary() == (
+    assert appeal_by(store, "ann", "mon-1.jpg").work.in_words() == (
         "mon: 0 images to review, 0 decided; left out: 1 that ann decided in another kind of review"
     )
     cat = Desk(store, queue, PICTURES, kind="appeal", reviewer="cat", appealed=appealed)
@@ -461,7 +461,8 @@ def test_an_appeal_that_was_left_unsure_is_open_for_somebody_else_until_it_has_a
     assert read_standing(store).unsure == {image: "appeal"}
     # Not for Cat, who has said what she can. A second opinion would not overrule it, and the audit asks for none.
     assert (
-        appeal_by(store, "cat").summary() == "mon: 1 images to review, 1 decided, 1 of them unsure, for somebody else"
+        appeal_by(store, "cat").work.in_words()
+        == "mon: 1 images to review, 1 decided, 1 of them unsure, for somebody else"
     )
     note = audit(read_evidence(store, ("mon",), read_standing(store)), 0.5, 0.95).notes[0]
     assert "another appeal review settles 1 of them (jobs.review --kind appeal)" in note and "second" not in note

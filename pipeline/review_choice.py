@@ -28,7 +28,7 @@ class Choice:
     appealed: list[Item]
 
     def wanted(self, queue: Queue, log: ReviewLog) -> list[Item]:
-        """Whoever is to look at them."""
+        """What a review of this kind is about, whoever is to look at it."""
         if self.kind == FIRST:
             return queue.items
         return self.appealed if self.kind == "appeal" else self._judged(queue, log)
@@ -133,7 +133,7 @@ def open_appeals(queue: Queue, log: ReviewLog) -> list[Item]:
     if not found:
         raise UsageError(
             f"no appeal about what {', '.join(queue.run_ids)} flagged or drew was left unsure: name the images that "
-            "somebody appealed about with --appeals FILE"
+            "somebody appealed about with --appeals FILE, or other runs with --run-id"
         )
     return found
 

@@ -465,7 +465,10 @@ def test_an_appeal_that_was_left_unsure_is_open_for_somebody_else_until_it_has_a
         == "mon: 1 images to review, 1 decided, 1 of them unsure, for somebody else"
     )
     note = audit(read_evidence(store, ("mon",), read_standing(store)), 0.5, 0.95).notes[0]
-    assert "another appeal review settles 1 of them (jobs.review --kind appeal)" in note and "second" not in note
+    assert (
+        "another appeal review settles 1 of them (jobs.review --run-id mon --kind appeal)" in note
+        and "second" not in note
+    )
     dan = appeal_by(store, "dan")
     (item,) = dan.next([], None, 1)["items"]
     said = [(part["reviewer"], part["answer"]) for part in item["history"]["decisions"]]
@@ -494,7 +497,10 @@ def test_a_second_opinion_that_was_left_unsure_is_asked_for_again_and_first(tmp_
     cat = desk_of(store, reviewer="cat", kind="second")
     assert names_to_go(cat)[0] == "mon-0.jpg" and len(names_to_go(cat)) == 3
     note = audit(read_evidence(store, ("mon",), read_standing(store)), 0.5, 0.95).notes[0]
-    assert "a second opinion settles 1 of them (jobs.review --kind second), by somebody who has not judged" in note
+    assert (
+        "a second opinion settles 1 of them (jobs.review --run-id mon --kind second), by somebody who has not judged"
+        in note
+    )
 
 
 # Pictures

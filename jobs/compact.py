@@ -9,6 +9,7 @@ from rich.console import Console
 
 from jobs.cli import run_job
 from pipeline.compact import TARGET_BYTES, compact, runs_to_compact
+from pipeline.compact_reviews import compact_reviews
 from pipeline.errors import UsageError
 from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
@@ -18,8 +19,9 @@ from pipeline.store import Store
 class JobConfig:
     """Merges the files of complete runs: the same rows in the same order, in files of about --target-megabytes.
 
-    Can be interrupted at any point and repeated. Who reads the files that a run record names sees every row once, all
-    the time; who reads the folder sees rows twice for a moment. Exit codes: 0 done, 1 failed, 2 wrong usage.
+    Without --run-id also the files of decisions, those of each day before yesterday into one. Can be interrupted at
+    any point and repeated. Who reads the files that a run record names sees every row once, all the time; who reads
+    the folder sees rows twice for a moment. Exit codes: 0 done, 1 failed, 2 wrong usage.
     """
 
     output: str
@@ -27,7 +29,7 @@ class JobConfig:
     endpoint_url: str | None = None
     """Address of an S3-compatible server; without it AWS is meant."""
     run_id: tuple[str, ...] = ()
-    """Complete runs to compact. Default: all of them."""
+    """Complete runs to compact, and nothing else. Default: all of them."""
     older_than: float = 1.0
     """Hours since a run was completed before it is compacted: its driver reads its files for the report."""
     target_megabytes: float = TARGET_BYTES / 1e6
@@ -55,8 +57,12 @@ def run(config: JobConfig) -> None:
                 f"now {done.bytes:,}",
                 markup=False,
             )
+        merged = [] if config.run_id else compact_reviews(store)
     if not runs:
         console.print("no run is old enough to be compacted")
+    if merged:
+        files, decisions = (sum(getattr(day, name) for day in merged) for name in ("files_before", "decisions"))
+        console.print(f"reviews: {files:,} files with {decisions:,} decisions, now {len(merged):,}, one a day")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from rich.console import Console
 
 from jobs.cli import run_job
+from pipeline.appeals import read_appeals
 from pipeline.errors import UsageError
-from pipeline.review_desk import Desk, check_reviewer
+from pipeline.review_desk import Desk
 from pipeline.review_picture import Pictures
-from pipeline.review_queue import newest_run, read_names, read_queue
+from pipeline.review_queue import newest_run, read_queue
+from pipeline.review_rules import check_reviewer
 from pipeline.review_server import serve
 from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
@@ -33,7 +36,8 @@ class JobConfig:
     run_id: tuple[str, ...] = ()
     """Complete runs to review together. Default: the newest."""
     kind: Literal["first", "second", "appeal"] = "first"
-    """first: blind to what the nets said; second: opinions on what others decided; appeal: what --appeals names."""
+    """first: blind to what the nets said; second: opinions on what others decided; appeal: what --appeals names, and
+    without it what earlier appeals left unsure."""
     appeals: str | None = None
     """Text file with the uris or image ids that somebody appealed about, one a line."""
     order: Literal["priority", "random"] = "priority"
@@ -48,8 +52,8 @@ class JobConfig:
     def __post_init__(self) -> None:
         check_endpoint(self.endpoint_url)
         check_reviewer(self.reviewer)
-        if (self.kind == "appeal") != (self.appeals is not None):
-            raise UsageError("appeals are reviewed with both --kind appeal and --appeals FILE")
+        if self.appeals is not None and self.kind != "appeal":
+            raise UsageError(f"--appeals names what appeals are about, but the kind is {self.kind}: give --kind appeal")
         if len(set(self.run_id)) < len(self.run_id):
             raise UsageError(f"run ids are {list(self.run_id)}: give each run once")
         if not 0 <= self.port < 65536:
@@ -57,25 +61,22 @@ class JobConfig:
 
 
 def run(config: JobConfig) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    say = partial(Console(soft_wrap=True, highlight=False).print, markup=False)
     with storage_errors_as_usage():
         store = Store(config.output, config.endpoint_url, kms_key=config.kms_key, patience=READ_PATIENCE)
         queue = read_queue(store, config.run_id or (newest_run(store),), config.order)
-        appealed = read_names(config.appeals, config.endpoint_url) if config.appeals else None
+        appealed = read_appeals(config.appeals, config.endpoint_url, queue) if config.appeals else None
         pictures = Pictures(queue.limits, config.endpoint_url)
-        desk = Desk(store, queue, pictures, kind=config.kind, reviewer=config.reviewer, appealed=appealed)
+        desk = Desk(store, queue, pictures, kind=config.kind, reviewer=config.reviewer, appealed=appealed, say=say)
         desk.leases.sweep()
-    progress = desk.progress()
+    summary = desk.work.in_words()
 
     def started(address: str) -> None:
-        console.print(
-            f"{', '.join(queue.run_ids)}: {progress['total']:,} images to review, {progress['done']:,} decided\n"
-            f"open {address}\nThe address lets in whoever has it. Ctrl-C ends the server; decisions are kept.",
-            markup=False,
-        )
+        say(f"{summary}\nopen {address}")
+        say("The address lets in whoever has it. Ctrl-C ends the server; decisions are kept.")
 
     asyncio.run(serve(desk, config.port, started))
-    console.print(f"{len(desk.made):,} decisions of {config.reviewer} are in {store.uri_of('reviews')}", markup=False)
+    say(f"{len(desk.made):,} decisions of {config.reviewer} are in {store.uri_of('reviews')}")
 
 
 if __name__ == "__main__":

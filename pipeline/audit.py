@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ def audit(evidence: Evidence, recall_bound: float | None, confidence: float) -> 
         estimates=estimates,
         canaries=canaries,
         checks=tuple(checks),
-        notes=tuple(_notes(samples, estimates, checks, confidence, evidence.unsure)),
+        notes=(*_unsure_notes(evidence), *_notes(samples, estimates, checks, confidence)),
         thresholds=at_thresholds(evidence, confidence),
     )
 
@@ -126,14 +127,9 @@ def _checks(
 
 
 def _notes(
-    samples: dict[str, Reviewed], estimates: dict[str, Estimate], checks: list[Check], confidence: float, unsure: int
+    samples: dict[str, Reviewed], estimates: dict[str, Estimate], checks: list[Check], confidence: float
 ) -> list[str]:
     notes = []
-    if unsure:
-        notes.append(
-            f"{unsure:,} images were reviewed and left unsure: they count as not reviewed, although they are no random "
-            "part; a second opinion settles them (jobs.review --kind second)"
-        )
     for name, found in estimates.items():
         if found.flagged_reviewed < found.flagged:
             notes.append(
@@ -150,6 +146,26 @@ def _notes(
         if check.name != CANARIES and not check.broken:
             notes += _power_note(check, samples[check.name], estimates[check.name], each)
     return notes
+
+
+def _unsure_notes(evidence: Evidence) -> Iterator[str]:
+    """What overrules an opinion is one of its kind or of a higher one: after an appeal no second opinion does."""
+    whole = sum(evidence.unsure.values())
+    appealed = evidence.unsure.get("appeal", 0)
+    page = f"jobs.review --run-id {' '.join(record['run_id'] for record in evidence.records)} --kind"
+    ways = [
+        f"{way} settles {images:,} of them ({page} {kind})"
+        for way, kind, images in (
+            ("a second opinion", "second", whole - appealed),
+            ("another appeal review", "appeal", appealed),
+        )
+        if images
+    ]
+    if whole:
+        yield (
+            f"{whole:,} images were reviewed and left unsure: they count as not reviewed, although they are no random "
+            f"part; {', '.join(ways)}, by somebody who has not judged them"
+        )
 
 
 def _power_note(check: Check, sample: Reviewed, found: Estimate, confidence: float) -> list[str]:

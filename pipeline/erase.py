@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import json
 import uuid
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -20,9 +22,9 @@ import pyarrow.parquet as pq
 from pipeline import commit
 from pipeline.compact import unnamed_files
 from pipeline.contents import CONTENTS_FILE
-from pipeline.decisions import read_decisions, read_each, review_files
+from pipeline.decisions import REWRITTEN, read_decisions, read_each, review_files
 from pipeline.errors import RunError, UsageError
-from pipeline.leases import LEASES, image_of
+from pipeline.leases import LEASES, alone, image_of
 from pipeline.manifest import manifest_bytes
 from pipeline.plan import parse_plan
 from pipeline.report import write_report
@@ -75,30 +77,42 @@ def erase(store: Store, subject: Subject, *, dry_run: bool) -> list[Rewritten]:
                 f"run {run!r} lists the object and is not complete: finish it with jobs.scan --run-id {run}, or give "
                 f"it up with jobs.clean --abandon {run}, then erase"
             )
+    reviewed = not dry_run and bool(review_files(store))
+    with alone(store, REWRITTEN) if reviewed else nullcontext(lambda: None) as hold:
+        return _erase(store, subject, sorted(complete), hold, dry_run=dry_run)
+
+
+def _erase(
+    store: Store, subject: Subject, complete: list[str], hold: Callable[[], None], *, dry_run: bool
+) -> list[Rewritten]:
+    """``hold``: keeps those out who merge decisions."""
     known = _digests_of_erasures(store)
-    versions = {run: store.read_version(commit.record_key(run))[1] for run in sorted(complete)}
+    versions = {run: store.read_version(commit.record_key(run))[1] for run in complete}
     changes = {run: _changes_in_run(store, run, subject, known) for run in versions}
-    reviews = _changes_in_reviews(store, subject)
+    reviews = _changes_in_reviews(store, subject, hold)
     rewritten = [*(change for found in changes.values() for change in found), *reviews]
     if rewritten and not dry_run:
         # The log first: with it an erasure that stops half-way is known, and its files' new digests are.
         _log(store, rewritten)
+        # Reviews before runs, which may take longer than they are held.
+        for change in reviews:
+            hold()
+            _rewrite_reviews(store, change, subject)
         for run, found in changes.items():
             if found:
                 try:
                     _rewrite(store, run, found, subject, versions[run])
                 except FileNotFoundError as error:
                     raise _changed_meanwhile(run) from error
-        for change in reviews:
-            _rewrite_reviews(store, change, subject)
         images = {*subject.image_ids, *(image for change in rewritten for image in change.images)}
         store.delete([key for key in store.sizes(LEASES) if image_of(key) in images])
     return rewritten
 
 
-def _changes_in_reviews(store: Store, subject: Subject) -> list[Rewritten]:
+def _changes_in_reviews(store: Store, subject: Subject, hold: Callable[[], None]) -> list[Rewritten]:
     found = []
     for key, decisions in read_each(store, review_files(store)):
+        hold()
         gone = decisions.filter(subject.rows(decisions))
         if gone.num_rows:
             found.append(Rewritten(path=key, rows=gone.num_rows, images=frozenset(gone["image_id"].to_pylist())))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.decisions import FOLDER, read_decisions, review_files, source_labels
+from pipeline.decisions import FOLDER, read_all, source_labels
 from pipeline.decode import Decoder
 from pipeline.errors import UsageError
 from pipeline.fetch import Fetcher
@@ -50,7 +50,7 @@ def read_reviewed(uri: str, categories: tuple[str, ...], endpoint_url: str | Non
     Raises UsageError when there are none.
     """
     store = Store(uri.rstrip("/").rpartition("/")[0] or ".", endpoint_url, patience=READ_PATIENCE)
-    table = source_labels(read_decisions(store, review_files(store)))
+    table = source_labels(read_all(store)[0])
     table = table.filter(pc.is_in(table["category"], pa.array(categories, pa.string())))
     if not table.num_rows:
         raise UsageError(

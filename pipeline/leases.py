@@ -10,10 +10,13 @@ then look at one image, and both decisions are kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 from pipeline.decisions import FOLDER
+from pipeline.errors import RunError
 from pipeline.store import Store
 
 LEASES = f"{FOLDER}/_leases"
@@ -27,6 +30,28 @@ def now() -> datetime:
 def image_of(key: str) -> str:
     """The image that a lease is about, by the lease's key."""
     return key.rsplit("/", 1)[-1].partition("-")[2].removesuffix(".json")
+
+
+@contextmanager
+def alone(store: Store, what: str, clock: Callable[[], datetime] = now) -> Iterator[Callable[[], None]]:
+    """Keeps out whoever else rewrites the same. What it yields holds on to it: to be called before each change.
+
+    Both raise RunError when it is another's. One that was killed loses it when its lease has run out.
+    """
+    leases = Leases(store, "alone", secrets.token_hex(16), clock)
+
+    def hold() -> None:
+        if not leases.take(what):
+            raise RunError(
+                f"{what} are being merged or erased by another job at this moment: run this again when that has ended, "
+                f"or {LEASE_SECONDS / 60:g} minutes after it was killed"
+            )
+
+    hold()
+    try:
+        yield hold
+    finally:
+        leases.release([what])
 
 
 class Leases:

@@ -7,6 +7,7 @@ const SETTLE_MS = 250; // a key that is pressed twice must not decide the next p
 const RETRY_MS = 2000;
 const LOOK_AGAIN_MS = 15000;
 const KINDS = { first: "First review", second: "Second opinion", appeal: "Appeal" };
+const SEEN = "That decision stays: you have seen what was said of it.";
 const ANSWERS = { violating: "violating", not: "not violating", unsure: "unsure", unseen: "not seen" };
 
 const $ = (id) => document.getElementById(id);
@@ -15,7 +16,7 @@ const wait = (ms) => new Promise((done) => setTimeout(done, ms));
 const token = takeToken();
 let about = null;
 let items = [];
-const pictures = new Map(); // by id of an image: a promise of { url } or { problem, passing }
+const pictures = new Map(); // by id of an image: a promise of { url } or { problem, passing, lost }
 let picture = null; // what has come of the image on the page
 let chosen = new Set();
 let revealed = false;
@@ -24,9 +25,10 @@ let shownAt = 0;
 let category = null;
 let generation = 0; // of the filter: answers for an earlier one are dropped
 let filling = Promise.resolve();
-let progress = { done: 0, total: 0, skipped: 0, mine: 0, answers: {}, can_undo: false };
+let progress = { done: 0, total: 0, skipped: 0, waiting: 0, mine: 0, answers: {}, can_undo: false };
 let elsewhere = 0;
 let timer = 0;
+let lookingBack = false; // the history on the page is of the image decided last
 
 /** The address's fragment never leaves the browser; it is kept for this tab, and taken out of what is on the screen. */
 function takeToken() {
@@ -108,13 +110,13 @@ function make(tag, text, name) {
 async function fetchPicture(id) {
   const answer = await call(`/api/picture/${id}`);
   if (answer.headers.get("Content-Type") === "image/jpeg") return { url: URL.createObjectURL(await answer.blob()) };
-  const { problem, may_pass: passing } = await answer.json();
-  return { problem, passing };
+  const { problem, may_pass: passing, lost } = await answer.json();
+  return { problem, passing, lost };
 }
 
 function load(item) {
   if (pictures.has(item.id)) return;
-  const coming = fetchPicture(item.id).catch((trouble) => ({ problem: trouble.message, passing: true, failed: true }));
+  const coming = fetchPicture(item.id).catch((trouble) => ({ problem: trouble.message, passing: true, lost: false }));
   pictures.set(item.id, coming);
 }
 
@@ -139,9 +141,10 @@ function show() {
   shownAt = performance.now();
   $("picture").hidden = true;
   $("picture").removeAttribute("src");
-  $("name").textContent = item.name;
+  showName("name", item.name);
   showChoices(item);
-  showHistory(item.history ? "What was said of it" : "", item.history);
+  $("side").append($("history"));
+  showOwnHistory();
   paint();
   $("stage").focus({ preventScroll: true });
   load(item);
@@ -158,22 +161,44 @@ function paint() {
   $("frame").classList.toggle("blurred", !revealed);
   $("picture").hidden = !(picture && picture.url);
   $("picture").alt = revealed ? "Picture under review" : "Picture under review, blurred";
-  const notice = picture ? picture.problem : "Fetching the picture";
+  const notice = picture ? describeProblem(picture) : "Fetching the picture";
   $("notice").hidden = !notice;
   $("notice").textContent = notice || "";
   $("reveal").hidden = !(picture && picture.url);
   $("reveal").replaceChildren(revealed ? "Blur it again " : "Show the picture ", make("kbd", "Space"));
   const visible = Boolean(picture && picture.url);
-  for (const id of ["violating", "not-violating"]) $(id).disabled = busy || !visible;
-  $("unsure").disabled = busy || !picture || Boolean(picture.failed);
-  $("not-seen").hidden = !(picture && picture.problem) || Boolean(picture.failed);
+  for (const id of ["violating", "not-violating", "unsure"]) $(id).disabled = busy || !visible;
+  $("not-seen").hidden = !(picture && picture.lost);
   $("not-seen").disabled = busy;
   $("retry").hidden = !(picture && picture.passing);
   $("skip").disabled = busy;
   const undo = busy || !progress.can_undo;
   $("undo").disabled = undo;
   $("end-undo").disabled = undo;
-  $("last").disabled = busy || !progress.mine;
+  for (const id of ["last", "end-last"]) {
+    $(id).disabled = busy || !(progress.mine || lookingBack);
+    $(id).setAttribute("aria-pressed", String(lookingBack));
+  }
+}
+
+/** What is wrong, and which keys help. */
+function describeProblem({ problem, passing, lost }) {
+  if (!problem) return "";
+  const ways = [];
+  if (passing) ways.push("try again (R)", "leave it for later (S)");
+  if (lost) ways.push("say that it could not be seen (X)");
+  return `${problem} You can ${ways.join(", or ")}.`;
+}
+
+/** The whole name, over as many lines as it takes; one that is longer than its box is reached by Tab and scrolled. */
+function showName(id, name) {
+  const element = $(id);
+  element.hidden = !name;
+  element.textContent = name;
+  element.title = name;
+  element.scrollTop = 0;
+  if (element.scrollHeight > element.clientHeight) element.tabIndex = 0;
+  else element.removeAttribute("tabindex");
 }
 
 function showChoices(item) {
@@ -229,11 +254,16 @@ function showEnd() {
   if (about && about.left_to_others) {
     text += ` ${about.left_to_others.toLocaleString("en")} more were decided by you before: somebody else has to look.`;
   }
+  if (progress.waiting) {
+    text += ` ${progress.waiting.toLocaleString("en")} that you left unsure stay open: somebody else has to look.`;
+  }
   $("end-title").textContent = title;
   $("end-text").textContent = text;
   const list = Object.entries(answers).map(([answer, count]) => make("li", `${answer}: ${count.toLocaleString("en")}`));
   $("end-head").textContent = list.length ? "Your decisions in this session" : "";
   $("end-list").replaceChildren(...list);
+  $("end").append($("history"));
+  if (!lookingBack) showOwnHistory();
   paint();
   $("end").focus({ preventScroll: true });
   timer = setTimeout(fill, LOOK_AGAIN_MS);
@@ -241,9 +271,17 @@ function showEnd() {
 
 // History
 
-function showHistory(title, history) {
+/** Of the image on the page, where there is one and the kind of review shows it before the decision. */
+function showOwnHistory() {
+  lookingBack = false;
+  const history = items.length ? items[0].history : undefined;
+  showHistory(history ? "What was said of it" : "", "", history);
+}
+
+function showHistory(title, name, history) {
   $("history").hidden = !history;
   $("history-title").textContent = title;
+  showName("history-name", name);
   $("history-body").replaceChildren(...(history ? [...history.tests.flatMap(describeTest), ...describeDecisions(history.decisions)] : []));
 }
 
@@ -278,27 +316,27 @@ function describeDecisions(decisions) {
   });
 }
 
+/** Shows the history of the image decided last; where it is shown already, what was there before. */
 async function showLast() {
-  if (busy || !progress.mine) return;
+  if (busy) return;
+  if (lookingBack) {
+    showOwnHistory();
+    paint();
+    return;
+  }
+  if (!progress.mine) return;
   try {
     const last = await (await call("/api/history", {})).json();
-    showHistory(`The last one: ${last.name}`, last.history);
+    lookingBack = true;
+    showHistory("What was said of the last one", last.name, last.history);
     if (about.kind !== "appeal") {
       progress.can_undo = false;
-      tell("That decision stays now: you have seen what was said of it.");
+      tell(SEEN);
     }
-    if ($("review").hidden) showInEnd();
     paint();
   } catch (trouble) {
     tell(trouble.message, "bad");
   }
-}
-
-/** At the end there is no side panel: the lines go where the summary is. */
-function showInEnd() {
-  const lines = [...$("history-body").querySelectorAll("p")].map((line) => make("li", line.textContent));
-  $("end-head").textContent = $("history-title").textContent;
-  $("end-list").replaceChildren(...lines);
 }
 
 // What a reviewer does
@@ -342,36 +380,51 @@ function setGrey(on) {
   sessionStorage.setItem("grey", on ? "1" : "");
 }
 
+/** What keeps the answer from being given now, in words. */
+function objection(answer, item) {
+  if (answer === ANSWERS.not && !revealed) return "Look at it first (Space): a blurred picture cannot be cleared.";
+  if (answer === ANSWERS.not && chosen.size) return "You have chosen what it violates: take that back, or press V.";
+  if (answer === ANSWERS.violating && item.categories.length > 1 && !chosen.size) return "Say first what it violates: press its number.";
+  return "";
+}
+
 async function decide(answer) {
   const item = items[0];
   if (!item || busy || !picture || performance.now() - shownAt < SETTLE_MS) return;
-  if ((answer === ANSWERS.violating || answer === ANSWERS.not) && !picture.url) return;
-  if (answer === ANSWERS.unseen && (!picture.problem || picture.failed)) return;
-  if (answer === ANSWERS.unsure && picture.failed) return;
-  if (answer === ANSWERS.not && !revealed) {
-    tell("Look at it first (Space): a blurred picture cannot be cleared.", "bad");
+  if (answer === ANSWERS.unseen ? !picture.lost : !picture.url) return;
+  const trouble = objection(answer, item);
+  if (trouble) {
+    tell(trouble, "bad");
     return;
   }
-  let categories = [];
-  if (answer === ANSWERS.violating) {
-    categories = item.categories.length > 1 ? item.categories.filter((name) => chosen.has(name)) : item.categories;
-    if (!categories.length) {
-      tell("Say first what it violates: press its number.", "bad");
-      return;
-    }
-  } else if (answer === ANSWERS.not && chosen.size) {
-    tell("You have chosen what it violates: take that back, or press V.", "bad");
-    return;
-  }
-  busy = true;
-  paint();
-  tell("Saving");
-  try {
-    await surely("/api/decide", { id: item.id, decision_id: newId(), answer, categories, revealed }, "Your decision");
-    tell(`Saved: ${categories.length && item.categories.length > 1 ? categories.join(", ") : answer}.`, "good");
+  const several = item.categories.length > 1;
+  const categories = answer === ANSWERS.violating ? item.categories.filter((name) => !several || chosen.has(name)) : [];
+  const body = { id: item.id, decision_id: newId(), answer, categories, revealed };
+  await finish(item, "Saving", async () => {
+    await surely("/api/decide", body, "Your decision");
+    tell(`Saved: ${several && categories.length ? categories.join(", ") : answer}.`, "good");
     progress.done += 1;
     progress.mine += 1;
     progress.can_undo = true;
+  });
+}
+
+async function skip() {
+  const item = items[0];
+  if (!item || busy) return;
+  await finish(item, "Leaving it for later", async () => {
+    await call("/api/skip", { id: item.id });
+    tell("Left for later.");
+  });
+}
+
+/** Has the server do what ends an image's time on the page, and goes on with the next one. */
+async function finish(item, saying, act) {
+  busy = true;
+  paint();
+  tell(saying);
+  try {
+    await act();
     take(item);
   } catch (trouble) {
     tell(trouble.message, "bad");
@@ -387,6 +440,7 @@ function take(item) {
   items = items.filter((other) => other !== item);
   drop(item);
   busy = false;
+  lookingBack = false;
   showProgress();
   if (items.length) show();
   else {
@@ -396,9 +450,15 @@ function take(item) {
 }
 
 async function undo() {
-  if (busy || !progress.can_undo) return;
+  if (busy) return;
+  if (!progress.can_undo) {
+    tell(progress.mine ? SEEN : "There is nothing of this session to take back.");
+    return;
+  }
   busy = true;
+  lookingBack = false;
   paint();
+  tell("Taking it back");
   try {
     const { item } = await surely("/api/undo", { decision_id: newId() }, "That you take it back");
     items = items.filter((other) => other.id !== item.id);
@@ -421,38 +481,31 @@ async function undo() {
   }
 }
 
-async function skip() {
-  const item = items[0];
-  if (!item || busy) return;
-  busy = true;
-  try {
-    await call("/api/skip", { id: item.id });
-    tell("Left for later.");
-    take(item);
-  } catch (trouble) {
-    tell(trouble.message, "bad");
-    if (trouble.gone) take(item);
-  } finally {
-    busy = false;
-    paint();
-  }
-}
-
 function retry() {
   const item = items[0];
   if (!item) {
     fill(true);
     return;
   }
-  if (!picture || !picture.passing) return;
+  if (busy || !picture || !picture.passing) return;
   drop(item);
   show();
+  items.slice(1).forEach(loadAgain);
+}
+
+/** What was fetched ahead in vain would else have to be asked for one by one. */
+async function loadAgain(item) {
+  const { passing } = (await pictures.get(item.id)) || {};
+  if (!passing || !items.includes(item)) return;
+  drop(item);
+  load(item);
 }
 
 function choose(name) {
   category = name || null;
   generation += 1;
   items.splice(0).forEach(drop);
+  lookingBack = false;
   $("review").hidden = true;
   $("category").blur();
   fill();
@@ -479,22 +532,28 @@ document.addEventListener("keydown", (event) => {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (key in KEYS) {
     event.preventDefault();
-    KEYS[key]();
+    act(KEYS[key]);
   } else if (/^[1-9]$/.test(key) && !$("review").hidden) {
     event.preventDefault();
-    toggleChoice(Number(key) - 1);
+    act(() => toggleChoice(Number(key) - 1));
   }
 });
 
+/** What the line at the bottom says is of what was done last. */
+function act(what) {
+  if (!busy) tell("");
+  what();
+}
+
 const CLICKS = {
   reveal, violating: KEYS.v, "not-violating": KEYS.n, unsure: KEYS.u, "not-seen": KEYS.x, undo, skip, grey: KEYS.g,
-  last: showLast, retry, again: retry, "end-undo": undo,
+  last: showLast, retry, again: retry, "end-undo": undo, "end-last": showLast,
 };
-for (const [id, act] of Object.entries(CLICKS)) {
+for (const [id, what] of Object.entries(CLICKS)) {
   $(id).addEventListener("click", (event) => {
     // A key pressed next is meant for the picture; who moves by keyboard keeps their place.
     if (event.detail) $("stage").focus({ preventScroll: true });
-    act();
+    act(what);
   });
 }
 $("category").addEventListener("change", (event) => choose(event.target.value));

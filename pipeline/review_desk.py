@@ -7,35 +7,27 @@ history from the start.
 
 from __future__ import annotations
 
-import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from pipeline import review_log
-from pipeline.decisions import ANSWERS, KINDS, LABELS, WITHDRAWN
-from pipeline.errors import UsageError
+from pipeline.decisions import WITHDRAWN
 from pipeline.leases import Leases, now
-from pipeline.review_log import Decision, ReviewLog
+from pipeline.review_choice import Choice, Worklist, open_appeals
+from pipeline.review_items import Item
+from pipeline.review_log import ReviewLog
 from pipeline.review_picture import Pictures, Shown
-from pipeline.review_queue import Item, Queue, find_appealed
+from pipeline.review_queue import Queue
+from pipeline.review_rules import Refused, check_answer, check_id, check_reviewer
 from pipeline.store import Store
+from pipeline.visible import visible
 
 MOST_AHEAD = 4
 """Images that a page may hold at one time."""
-DECISION_ID = re.compile(r"[0-9a-f]{32}")
-MAX_NAME = 64
-
-
-class Refused(Exception):
-    """What was asked for cannot be done; the page says why. ``gone``: and the image is not the page's any more."""
-
-    def __init__(self, why: str, *, gone: bool = False) -> None:
-        super().__init__(why)
-        self.gone = gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +39,9 @@ class Made:
     rows: list[dict[str, Any]]
 
 
-def check_reviewer(name: str) -> str:
-    """Raises UsageError for a name that could not be read in a table."""
-    if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
-        raise UsageError(
-            f"reviewer is {name!r}, but decisions carry this name: give one of 1 to {MAX_NAME} printable characters"
-        )
-    return name.strip()
-
-
 class Desk:
-    """``kind``: first, second or appeal; ``appealed``: uris or image ids, of appeals only."""
+    """``kind``: first, second or appeal; ``appealed``: of appeals only, None for those that earlier ones left unsure;
+    ``say``: takes lines for who runs the job."""
 
     def __init__(
         self,
@@ -67,71 +51,36 @@ class Desk:
         *,
         kind: str,
         reviewer: str,
-        appealed: list[str] | None = None,
+        appealed: list[Item] | None = None,
         clock: Callable[[], datetime] = now,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.queue, self.pictures, self.kind = queue, pictures, kind
         self.reviewer = check_reviewer(reviewer)
         self.log = ReviewLog(store)
         self.leases = Leases(store, kind, secrets.token_hex(16), clock)
-        self.items = {item.id: item for item in queue.items}
-        self.appealed = find_appealed(queue, appealed or []) if kind == "appeal" else []
+        if kind == "appeal" and appealed is None:
+            appealed = open_appeals(queue, self.log)
+        choice = Choice(kind=kind, reviewer=self.reviewer, appealed=appealed or [])
+        self.work = Worklist(choice, queue, self.log)
         self.lock = threading.RLock()
         self.held: dict[str, Item] = {}
         self.shown: dict[str, Shown] = {}
-        self.skipped: set[str] = set()
+        self.say = say
+        self.reported: set[str | None] = set()
+        """Codes of failures that have been said."""
         self.made: list[Made] = []
         self.answered: dict[str, dict[str, Any]] = {}
         """What was answered to each decision id: a request that is sent again decides nothing twice."""
         self.unblinded: set[str] = set()
         """Decisions after which the reviewer has asked what the nets said."""
-        self.left_to_others = 0
-        self._sort()
-
-    def _sort(self) -> None:
-        """What this session goes through, done or not. Who has decided on an image gives no further opinion on it."""
-        if self.kind == "first":
-            self.todo = self.queue.items
-        else:
-            wanted = self.appealed if self.kind == "appeal" else self._wanting_second()
-            self.todo = [item for item in wanted if not self._decided_by_me(item)]
-            self.left_to_others = len(wanted) - len(self.todo)
-        self.done = {item.image_id for item in self.todo if self._is_done(item)}
-
-    def _wanting_second(self) -> list[Item]:
-        """Judged images: unsure ones first, then those where person and net disagree, then the rest."""
-
-        def order(item: Item) -> int:
-            first = self.log.newest(item.image_id, KINDS[0])
-            assert first is not None
-            return 0 if first.answer == "unsure" else 1 if (first.answer == "violating") != item.flagged else 2
-
-        judged = [
-            item
-            for item in self.queue.items
-            if (first := self.log.newest(item.image_id, KINDS[0])) is not None and first.judges
-        ]
-        return sorted(judged, key=order)
-
-    def _decided_by_me(self, item: Item) -> bool:
-        """In another kind of review than this one."""
-        return any(
-            decision.reviewer == self.reviewer and decision.kind != self.kind
-            for decision in self.log.on(item.image_id)
-            if decision.judges
-        )
-
-    def _is_done(self, item: Item) -> bool:
-        """A plan that looks for more than the one before asks about an image again."""
-        made = [decision for decision in self.log.on(item.image_id) if self.kind in (decision.kind, "first")]
-        return bool(made) and set(item.categories) <= frozenset.union(*(decision.asked for decision in made))
 
     def refresh(self) -> None:
         """Learns what others have decided."""
         with self.lock:
             self.leases.forget()
             if self.log.refresh():
-                self._sort()
+                self.work.choose()
 
     def about(self) -> dict[str, Any]:
         return {
@@ -139,19 +88,14 @@ class Desk:
             "kind": self.kind,
             "categories": list(self.queue.categories),
             "runs": list(self.queue.run_ids),
-            "left_to_others": self.left_to_others,
+            "left_to_others": self.work.own,
         }
 
     def progress(self, category: str | None = None) -> dict[str, Any]:
-        """Images done and in all, of a category or of all; ``answers``: how those done by this reviewer ended."""
+        """``Worklist.counts`` of a category or of all; ``answers``: how those done by this reviewer ended."""
         with self.lock:
-            chosen = [item for item in self.todo if category is None or category in item.near]
-            mine = [made.rows for made in self.made]
-            answers = [self.log.of_image[rows[0]["image_id"]][rows[0]["decision_id"]] for rows in mine]
-            return {
-                "done": sum(item.image_id in self.done for item in chosen),
-                "total": len(chosen),
-                "skipped": sum(item.image_id in self.skipped for item in chosen),
+            answers = [self.log.of_image[made.item.image_id][made.decision_id] for made in self.made]
+            return self.work.counts(category) | {
                 "mine": len(self.made),
                 "answers": review_log.count_answers(answers),
                 "can_undo": bool(self.made) and self.made[-1].decision_id not in self.unblinded,
@@ -161,11 +105,11 @@ class Desk:
         """Up to ``wanted`` images that the page does not have yet, each with a lease. ``again``: skipped ones too."""
         with self.lock:
             if again:
-                self.skipped.clear()
+                self.work.skipped.clear()
             self._put_down(have, category)
             found: list[dict[str, Any]] = []
             elsewhere = 0
-            for item in self._open(category):
+            for item in self.work.to_go(category):
                 if len(found) >= min(wanted, MOST_AHEAD - len(have)):
                     break
                 if item.id in have:
@@ -176,13 +120,6 @@ class Desk:
                 else:
                     elsewhere += 1
             return {"items": found, "elsewhere": elsewhere, "progress": self.progress(category)}
-
-    def _open(self, category: str | None) -> Iterator[Item]:
-        for item in self.todo:
-            if item.image_id in self.done or item.image_id in self.skipped:
-                continue
-            if category is None or category in item.near:
-                yield item
 
     def _put_down(self, have: list[str], category: str | None) -> None:
         """Gives up what the page has let go of: after a change of the filter others may look at it."""
@@ -209,9 +146,21 @@ class Desk:
         item = self._item(page_id)
         shown = self.pictures.show(item.uri, item.etag, item.size_bytes)
         with self.lock:
+            if page_id in self.shown:
+                shown = replace(shown, asked=self.shown[page_id].asked + 1)
             # The bytes are not kept: what matters is that there was something to look at, and what.
-            self.shown[page_id] = Shown(sha256=shown.sha256, code=shown.code, problem=shown.problem)
+            self.shown[page_id] = replace(shown, jpeg=None)
+            self._report(item, shown)
         return shown
+
+    def _report(self, item: Item, shown: Shown) -> None:
+        """What the store refuses is a matter of who runs the job: once for each way, not for each picture."""
+        if shown.may_pass and shown.code not in self.reported:
+            self.reported.add(shown.code)
+            self.say(
+                f"{shown.code}: pictures cannot be fetched, {visible(item.uri)} first. {shown.problem} Mend that, then "
+                "try again on the page (R); others that fail so are not named here."
+            )
 
     def _item(self, page_id: str) -> Item:
         with self.lock:
@@ -227,9 +176,9 @@ class Desk:
             if decision_id in self.answered:
                 return self.answered[decision_id]
             item = self._item(page_id)
-            self._check(item, decision_id, answer, violating, revealed=revealed)
+            check_id(decision_id)
+            shown = check_answer(item, self.shown.get(page_id), answer, violating, revealed=revealed)
             self._check_lease(item)
-            shown = self.shown[page_id]
             rows = review_log.rows_of(
                 decision_id=decision_id,
                 kind=self.kind,
@@ -243,27 +192,13 @@ class Desk:
             )
             self.log.write(rows)
             self.made.append(Made(decision_id=decision_id, item=item, rows=rows))
-            self.done.add(item.image_id)
+            self.work.look_again(item)
             self.held.pop(page_id)
+            # The lease of what is done runs out by itself: others may not know of the decision yet.
+            if item.image_id in self.work.waiting:
+                self.leases.release([item.image_id])
             self.answered[decision_id] = {"answer": answer, "can_undo": True}
             return self.answered[decision_id]
-
-    def _check(self, item: Item, decision_id: str, answer: str, violating: tuple[str, ...], *, revealed: bool) -> None:
-        shown = self.shown.get(item.id)
-        if not DECISION_ID.fullmatch(decision_id):
-            raise Refused(f"A decision's id has 32 hexadecimal digits, not {decision_id[:40]!r}.")
-        if answer not in ANSWERS:
-            raise Refused(f"{answer[:40]!r} is no decision; there are {', '.join(ANSWERS)}.")
-        if shown is None:
-            raise Refused("Nobody has looked at this picture yet: wait until it is there.")
-        if answer in LABELS and shown.problem is not None:
-            raise Refused("There is no picture to judge: say that it could not be seen, or skip it.")
-        if answer == "not seen" and shown.problem is None:
-            raise Refused("The picture can be seen.")
-        if answer == "not violating" and not revealed:
-            raise Refused("Look at it first: a blurred picture cannot be cleared.")
-        if not set(violating) <= set(item.categories) or bool(violating) != (answer == "violating"):
-            raise Refused(f"Say what it violates, of {', '.join(item.categories)}.")
 
     def _check_lease(self, item: Item) -> None:
         """After minutes without a decision somebody else may have it, or may have decided."""
@@ -272,8 +207,8 @@ class Desk:
             self.held.pop(item.id)
             raise Refused("You had it for so long that another reviewer has it now; nothing was recorded.", gone=True)
         if lapsed and self.log.refresh():
-            self._sort()
-            if item.image_id in self.done:
+            self.work.choose()
+            if item.image_id in self.work.done:
                 self._let_go(item)
                 raise Refused("Another reviewer has decided it meanwhile; nothing was recorded.", gone=True)
 
@@ -282,8 +217,7 @@ class Desk:
         with self.lock:
             if decision_id in self.answered:
                 return self.answered[decision_id]
-            if not DECISION_ID.fullmatch(decision_id):
-                raise Refused(f"A decision's id has 32 hexadecimal digits, not {decision_id[:40]!r}.")
+            check_id(decision_id)
             if not self.made:
                 raise Refused("There is nothing to take back in this session.")
             last = self.made[-1]
@@ -295,8 +229,7 @@ class Desk:
             taken |= {"decision": WITHDRAWN, "label": None}
             self.log.write([row | taken for row in last.rows])
             self.made.pop()
-            if not self._is_done(last.item):
-                self.done.discard(last.item.image_id)
+            self.work.look_again(last.item)
             self.leases.take(last.item.image_id)
             self.held[last.item.id] = last.item
             self.answered[decision_id] = {"item": self._to_page(last.item)}
@@ -306,7 +239,7 @@ class Desk:
         """Leaves an image for later, or for others. Raises Refused."""
         with self.lock:
             item = self._item(page_id)
-            self.skipped.add(item.image_id)
+            self.work.skipped.add(item.image_id)
             self._let_go(item)
 
     def history_of_last(self) -> dict[str, Any]:
@@ -326,7 +259,3 @@ class Desk:
         with self.lock:
             self.leases.release([item.image_id for item in self.held.values()])
             self.held.clear()
-
-    def decisions_made(self) -> list[Decision]:
-        with self.lock:
-            return [self.log.of_image[made.item.image_id][made.decision_id] for made in self.made]

@@ -9,7 +9,17 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pipeline import schema
-from pipeline.decisions import JUDGEMENTS, LABELS, file_key, read_decisions, review_files, write_decision
+from pipeline.decisions import (
+    JUDGEMENTS,
+    LABELS,
+    YOUNG_DAYS,
+    distinct,
+    file_key,
+    read_all,
+    read_decisions,
+    review_files,
+    write_decision,
+)
 from pipeline.leases import now
 from pipeline.store import Store
 
@@ -48,22 +58,17 @@ class ReviewLog:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.known: set[str] = set()
         self.withdrawn: set[str] = set()
         self.of_image: dict[str, dict[str, Decision]] = defaultdict(dict)
-        self._read(review_files(store))
+        decisions, self.known = read_all(store)
+        self._remember(decisions.to_pylist())
 
     def refresh(self) -> bool:
         """Reads what others have decided since; whether that was anything. Lists the days that may still grow."""
-        today = now()
-        keys = [key for back in (0, 1) for key in review_files(self.store, f"{today - timedelta(days=back):%Y-%m-%d}")]
-        return self._read(key for key in keys if key not in self.known)
-
-    def _read(self, keys: Iterable[str]) -> bool:
-        fresh = list(keys)
-        rows = read_decisions(self.store, fresh).to_pylist()
+        days = [f"{now() - timedelta(days=back):%Y-%m-%d}" for back in range(YOUNG_DAYS)]
+        fresh = [key for day in days for key in review_files(self.store, day) if key not in self.known]
+        self._remember(distinct(read_decisions(self.store, fresh)).to_pylist())
         self.known.update(fresh)
-        self._remember(rows)
         return bool(fresh)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
@@ -95,9 +100,9 @@ class ReviewLog:
         kept = [decision for decision in found if decision.decision_id not in self.withdrawn]
         return sorted(kept, key=lambda decision: (decision.decided_at, decision.decision_id))
 
-    def newest(self, image_id: str, kind: str) -> Decision | None:
-        """The newest of a kind that was not taken back."""
-        found = [decision for decision in self.on(image_id) if decision.kind == kind]
+    def judgement(self, image_id: str, kind: str) -> Decision | None:
+        """The newest of a kind that says something of the picture and was not taken back."""
+        found = [decision for decision in self.on(image_id) if decision.kind == kind and decision.judges]
         return found[-1] if found else None
 
 

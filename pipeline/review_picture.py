@@ -15,6 +15,7 @@ from pipeline.codes import CODES
 from pipeline.decode import Decoder
 from pipeline.fetch import Fetcher
 from pipeline.plan import Preparation
+from pipeline.visible import visible
 from pipeline.window import Image, Window
 
 SIDE = 1280
@@ -33,7 +34,7 @@ GONE = {
 class Shown:
     """What there is to see of an image: ``jpeg``, or a ``problem`` in a sentence with its ``code``.
 
-    ``sha256``: of the object's bytes. ``may_pass``: whether asking again can help.
+    ``sha256``: of the object's bytes. ``may_pass``: whether asking again can help. ``asked``: how often it was.
     """
 
     jpeg: bytes | None = None
@@ -41,6 +42,12 @@ class Shown:
     code: str | None = None
     problem: str | None = None
     may_pass: bool = False
+    asked: int = 1
+
+    @property
+    def lost(self) -> bool:
+        """Whether it may be said that it could not be seen: not before asking again was tried where it may help."""
+        return self.problem is not None and not (self.may_pass and self.asked < 2)
 
 
 class Pictures:
@@ -87,6 +94,8 @@ def _jpeg(square: PillowImage.Image, width: int, height: int) -> bytes:
 
 def _problem(image: Image) -> Shown:
     code = image.error_code or "decode_failed"
+    passing = code.startswith("fetch_") and code not in GONE
     meaning = GONE.get(code) or f"It cannot be shown. {CODES[code].meaning}"
-    passing = code.startswith("fetch_") and code not in GONE and code != "fetch_denied"
+    if passing and image.error_detail:
+        meaning = f"{meaning.rstrip('.')}: {visible(image.error_detail).rstrip('.')}."
     return Shown(code=code, problem=meaning, may_pass=passing)

@@ -1,20 +1,13 @@
-"""What there is to review of runs: flagged images and the audit sample, in one order that does not tell them apart.
-
-Flagged images come by priority: hash matches, then from the highest score down. Each drawn image has a place by chance
-among all of them. Every image is asked about in all categories of its plan, and what the page is told of one
-(``Item.to_page``) is the same for both.
-"""
+"""What there is to review of runs: flagged images and the audit sample, read from their tables, with their history."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import secrets
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,11 +16,9 @@ from pipeline import commit, schema
 from pipeline.errors import UsageError
 from pipeline.plan import Preparation
 from pipeline.records import PastRuns
-from pipeline.storage import parse_uri, read_object
+from pipeline.review_items import Item, Order, drawn_items, flagged_items, mixed
 from pipeline.store import Store
-from pipeline.visible import visible
 
-Order = Literal["priority", "random"]
 LOOKED_AT = 50
 """Records, those written last first, among which the newest run is looked for."""
 FLAGGED_COLUMNS = [
@@ -37,28 +28,6 @@ FLAGGED_COLUMNS = [
 AUDIT_COLUMNS = [
     "run_id", "image_id", "source_uri", "etag", "probability", "decided_stage", "decided_round", "group_size", "scores"
 ]  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Item:
-    """One image to review. ``rows``: its rows of the table that brought it in, for ``Queue.history``."""
-
-    id: str
-    """What the page calls it: another one in each session, and not to be told from the tables."""
-    run_id: str
-    image_id: str
-    uri: str
-    etag: str | None
-    size_bytes: int | None
-    categories: tuple[str, ...]
-    """All of its plan: what is asked."""
-    near: frozenset[str]
-    """What it was flagged as, or, if it was cleared, the category nearest its threshold: what filters go by."""
-    flagged: bool
-    rows: tuple[int, ...]
-
-    def to_page(self) -> dict[str, Any]:
-        return {"id": self.id, "name": visible(self.uri), "categories": list(self.categories)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +97,12 @@ def read_queue(store: Store, run_ids: tuple[str, ...], order: Order = "priority"
     audit = _read(store, records, "audit", schema.AUDIT, AUDIT_COLUMNS)
     plans = {record["run_id"]: tuple(record["plan"]["categories"]) for record in records}
     key = secrets.token_bytes(32)
-    found = [*_flagged_items(flagged, plans, key)]
+    found = [*flagged_items(flagged, plans, key)]
     seen = {item.image_id for item in found}
-    drawn = [*_audit_items(audit, records, plans, key, seen)]
+    drawn = [*drawn_items(audit, records, plans, key, seen)]
     return Queue(
         run_ids=tuple(run_ids),
-        items=_mixed(found, drawn, order),
+        items=mixed(found, drawn, order),
         categories=tuple(dict.fromkeys(name for names in plans.values() for name in names)),
         limits=_limits(records),
         flagged=flagged,
@@ -166,120 +135,3 @@ def _limits(records: list[dict[str, Any]]) -> Preparation:
         for name in ("max_megabytes", "max_megapixels", "decode_seconds", "decode_gigabytes", "max_frames")
     }
     return Preparation(**widest)
-
-
-def _flagged_items(table: pa.Table, plans: dict[str, tuple[str, ...]], key: bytes) -> list[Item]:
-    """By priority."""
-    rows: dict[str, list[int]] = defaultdict(list)
-    for place, image in enumerate(table["image_id"].to_pylist()):
-        rows[image].append(place)
-    slim = table.select(["run_id", "image_id", "source_uri", "etag", "size_bytes", "category", "score"]).to_pylist()
-    # A hash match has no score: it is known content, and comes before all that nets suspect.
-    highest = {image: max(_priority(slim[place]["score"]) for place in places) for image, places in rows.items()}
-    items = []
-    for image in sorted(rows, key=lambda image: (-highest[image], image)):
-        newest = slim[rows[image][0]]
-        places = tuple(place for place in rows[image] if slim[place]["run_id"] == newest["run_id"])
-        items.append(
-            Item(
-                id=_page_id(image, key),
-                run_id=newest["run_id"],
-                image_id=image,
-                uri=newest["source_uri"],
-                etag=newest["etag"],
-                size_bytes=newest["size_bytes"],
-                categories=plans[newest["run_id"]],
-                near=frozenset(slim[place]["category"] for place in places),
-                flagged=True,
-                rows=places,
-            )
-        )
-    return items
-
-
-def _priority(score: float | None) -> float:
-    return 2.0 if score is None else score
-
-
-def _audit_items(
-    table: pa.Table, records: list[dict[str, Any]], plans: dict[str, tuple[str, ...]], key: bytes, seen: set[str]
-) -> Iterator[Item]:
-    stages = {
-        (record["run_id"], stage["name"]): stage["thresholds"]
-        for record in records
-        for stage in record["plan"].get("stages", ())
-    }
-    for place, row in enumerate(table.to_pylist()):
-        if row["image_id"] in seen:
-            continue
-        seen.add(row["image_id"])
-        categories = plans[row["run_id"]]
-        thresholds = stages.get((row["run_id"], row["decided_stage"]), {})
-        yield Item(
-            id=_page_id(row["image_id"], key),
-            run_id=row["run_id"],
-            image_id=row["image_id"],
-            uri=row["source_uri"],
-            etag=row["etag"],
-            size_bytes=None,
-            categories=categories,
-            near=_nearest(row, categories, thresholds),
-            flagged=False,
-            rows=(place,),
-        )
-
-
-def _nearest(row: dict[str, Any], categories: tuple[str, ...], thresholds: dict[str, list[float]]) -> frozenset[str]:
-    """The category whose score is the largest share of its threshold; all where there are no scores."""
-    scores = dict(zip(categories, row["scores"] or (), strict=False))
-    if not scores:
-        return frozenset(categories)
-    limits = {name: thresholds[name][row["decided_round"]] if name in thresholds else 1.0 for name in scores}
-    return frozenset([max(scores, key=lambda name: scores[name] / limits[name])])
-
-
-def _mixed(flagged: list[Item], drawn: list[Item], order: Order) -> list[Item]:
-    """One order: the flagged ones in theirs, or all by lot, and each drawn one where its lot falls."""
-    ranks = {item.image_id: _lot(item.image_id) for item in drawn}
-    for place, item in enumerate(flagged):
-        ranks[item.image_id] = (place + 0.5) / len(flagged) if order == "priority" else _lot(item.image_id)
-    return sorted([*flagged, *drawn], key=lambda item: (ranks[item.image_id], item.image_id))
-
-
-def _lot(image_id: str) -> float:
-    """Uniform in [0, 1), the same in every session: two reviewers begin at one end, a restart goes on where it was."""
-    lot = hashlib.blake2b(image_id.encode(), digest_size=8, person=b"dorfman review").digest()
-    return int.from_bytes(lot, "big") / 2**64
-
-
-def _page_id(image_id: str, key: bytes) -> str:
-    return hashlib.blake2b(image_id.encode(), key=key, digest_size=12).hexdigest()
-
-
-def find_appealed(queue: Queue, named: list[str]) -> list[Item]:
-    """The images of the queue with these uris or ids, in this order. Raises UsageError for a name that is none."""
-    by_name: dict[str, list[Item]] = defaultdict(list)
-    for item in queue.items:
-        by_name[item.uri].append(item)
-        by_name[item.image_id].append(item)
-    strange = [name for name in named if name not in by_name]
-    if strange:
-        raise UsageError(
-            f"{len(strange)} of {len(named)} appeals are about nothing that {', '.join(queue.run_ids)} flagged or "
-            f"drew, {visible(strange[0])!r} first: name the runs that did with --run-id"
-        )
-    return list(dict.fromkeys(item for name in named for item in by_name[name]))
-
-
-def read_names(uri: str, endpoint_url: str | None) -> list[str]:
-    """Uris or image ids from a text file, one a line. Raises UsageError."""
-    try:
-        lines = read_object(parse_uri(uri), endpoint_url).decode().splitlines()
-    except FileNotFoundError as error:
-        raise UsageError(f"appeals {uri}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"appeals {uri}: it is no text in UTF-8; write one uri or image id a line") from error
-    names = [line.strip() for line in lines if line.strip()]
-    if not names:
-        raise UsageError(f"appeals {uri}: it names nothing; write one uri or image id a line")
-    return names

@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 
 from pipeline.documents import Strict
 from pipeline.errors import UsageError
-from pipeline.review_desk import MOST_AHEAD, Desk, Refused
+from pipeline.review_desk import MOST_AHEAD, Desk
+from pipeline.review_rules import Refused
 from pipeline.storage import reason
 
 HOST = "127.0.0.1"
@@ -147,7 +148,7 @@ class ReviewServer:
     async def _picture(self, request: web.Request) -> web.Response:
         shown = await asyncio.to_thread(self.desk.picture, request.match_info["id"])
         if shown.jpeg is None:
-            return web.json_response({"problem": shown.problem, "may_pass": shown.may_pass})
+            return web.json_response({"problem": shown.problem, "may_pass": shown.may_pass, "lost": shown.lost})
         return web.Response(body=shown.jpeg, content_type="image/jpeg")
 
     async def _next(self, request: web.Request) -> web.Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -54,8 +54,8 @@ class Evidence:
     flagged: list[dict[str, Any]] = field(repr=False)
     audited: list[dict[str, Any]] = field(repr=False)
     labels: dict[tuple[str, str], int] = field(repr=False)
-    unsure: int = 0
-    """Images of these that people have looked at, of which what they said gives no label."""
+    unsure: dict[str, int] = field(default_factory=dict)
+    """Images of these of which what people said gives no label, by the kind of review that left them so."""
 
     def of_category(self, category: str) -> Reviewed:
         """Flagged rows of a category; violating in it or not. What is flagged as something else is not missed."""
@@ -149,10 +149,10 @@ def read_evidence(store: Store, run_ids: tuple[str, ...], labels: dict[tuple[str
     categories = tuple(first["plan"]["categories"])
     flagged = [row for record in records for row in _rows(store, record, "flagged", FLAGGED_COLUMNS)]
     audited = [row for record in records for row in _rows(store, record, "audit", AUDIT_COLUMNS)]
-    unsure = 0
+    unsure: dict[str, int] = {}
     if isinstance(labels, Standing):
         asked = {row["image_id"] for row in (*flagged, *audited)}
-        unsure = len(asked & labels.unsure)
+        unsure = Counter(kind for image, kind in labels.unsure.items() if image in asked)
         labels = _own(labels.labels, asked, categories)
     evidence = Evidence(
         records=records, categories=categories, flagged=flagged, audited=audited, labels=labels, unsure=unsure

@@ -23,7 +23,7 @@ from botocore.exceptions import NoCredentialsError
 from pyarrow import fs
 
 from pipeline import commit, schema
-from pipeline.decisions import STANDING, review_files
+from pipeline.decisions import DECISIONS, DISPUTED, ROWS, STANDING, review_files
 from pipeline.errors import UsageError
 from pipeline.inventory import scope
 from pipeline.storage import parse_uri, reason, region
@@ -136,6 +136,8 @@ QUALIFY rank() OVER (
 
 _VIEWS = {
     "reviews": STANDING,
+    "decisions": DECISIONS,
+    "disputed": DISPUTED,
     "per_image": _STANDING.format(ledger="ledger", only="") + _PER_IMAGE,
     # Findings are few: of the ledgers only those of the newest runs are read, and of these the objects ever flagged.
     "flagged_latest": _STANDING.format(
@@ -190,7 +192,7 @@ def open_tables(store: Store) -> Tables:
     }
     # Of reviews there is no record: each is a file of its own, complete when it is there.
     decided = [format.make_fragment(f"{root}/{key}", filesystem) for key in review_files(store)]
-    datasets["decisions"] = ds.FileSystemDataset(decided, schema.DECISIONS, format, filesystem)
+    datasets[ROWS] = ds.FileSystemDataset(decided, schema.DECISIONS, format, filesystem)
     return Tables(runs=runs, datasets=datasets, gone=tuple(gone))
 
 

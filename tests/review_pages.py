@@ -130,6 +130,13 @@ def desk_of(store: Store, *run_ids: str, reviewer: str = "ann", kind: str = "fir
     return Desk(store, read_queue(store, run_ids or ("mon",)), PICTURES, kind=kind, reviewer=reviewer, **options)
 
 
+def appeal_by(store: Store, reviewer: str, *names: str) -> Desk:
+    """A session about images by the names of their files; without names about what appeals left unsure."""
+    queue = read_queue(store, ("mon",))
+    items = [item for name in names for item in queue.items if item.uri.endswith(f"/{name}")]
+    return Desk(store, queue, PICTURES, kind="appeal", reviewer=reviewer, appealed=items or None)
+
+
 @contextmanager
 def served(desk: Desk) -> Iterator[ReviewServer]:
     """The page on a free port, in a thread of its own."""

@@ -21,6 +21,7 @@ from jobs import audit as audit_job
 from jobs import erase as erase_job
 from jobs import query as query_job
 from pipeline import schema
+from pipeline.appeals import read_appeals
 from pipeline.audit import audit
 from pipeline.calibrate import CalibrateConfig
 from pipeline.decisions import read_standing, review_files, standing
@@ -28,9 +29,10 @@ from pipeline.errors import StoreError, UsageError
 from pipeline.examples import read_known
 from pipeline.leases import LEASE_SECONDS, Leases
 from pipeline.plan import Preparation
-from pipeline.review_desk import Desk, Refused, check_reviewer
+from pipeline.review_desk import Desk
 from pipeline.review_picture import SIDE, Pictures
-from pipeline.review_queue import newest_run, read_names, read_queue
+from pipeline.review_queue import newest_run, read_queue
+from pipeline.review_rules import Refused, check_reviewer
 from pipeline.reviews import read_evidence
 from pipeline.sink import table_bytes
 from pipeline.source import image_id
@@ -38,7 +40,18 @@ from pipeline.storage import s3_client
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand
-from tests.review_pages import MOMENT, desk_of, draw, drawn_row, flagged_row, night, of_file, write_run
+from tests.review_pages import (
+    MOMENT,
+    PICTURES,
+    appeal_by,
+    desk_of,
+    draw,
+    drawn_row,
+    flagged_row,
+    night,
+    of_file,
+    write_run,
+)
 
 
 def go(desk: Desk, answer: str = "not violating", *violating: str, **options: Any) -> dict[str, Any]:
@@ -55,7 +68,7 @@ def name_of(item: dict[str, Any]) -> str:
 
 
 def names_to_go(desk: Desk) -> list[str]:
-    return [item.uri.rsplit("/", 1)[1] for item in desk.todo if item.image_id not in desk.done]
+    return [item.uri.rsplit("/", 1)[1] for item in desk.work.items if item.image_id not in desk.work.done]
 
 
 # Which decision stands
@@ -86,7 +99,7 @@ def test_the_newest_decision_of_the_highest_kind_stands_in_whatever_order_they_a
     for order in itertools.permutations(rows):
         found = standing(pa.Table.from_pylist(list(order), schema.DECISIONS))
         assert found.labels == ({} if label is None else {("a", "gore"): label})
-        assert found.unsure == (frozenset({"a"}) if label is None else frozenset())
+        assert found.unsure == ({"a": "second"} if label is None else {})
 
 
 def test_what_was_taken_back_stands_no_more_and_what_it_had_replaced_does():
@@ -137,16 +150,16 @@ def test_neither_place_nor_words_nor_pictures_tell_drawn_images_from_flagged_one
     """By lot: of 300 drawn among 300 flagged, the mean place is that of all, and the sent objects have equal keys."""
     store = night(tmp_path, flagged=300, drawn=300, categories=("gore", "weapon"))
     desk = desk_of(store)
-    places = [place for place, item in enumerate(desk.todo) if not item.flagged]
+    places = [place for place, item in enumerate(desk.work.items) if not item.flagged]
     # The mean of 300 uniform places of 600 has a standard deviation of ten.
     assert abs(np.mean(places) - 300) < 50
     assert np.histogram(places, bins=6, range=(0, 600))[0].min() > 20
-    sent = {item.flagged: desk._to_page(item) for item in desk.todo}
+    sent = {item.flagged: desk._to_page(item) for item in desk.work.items}
     assert sent[True].keys() == sent[False].keys() == {"id", "name", "categories"}
     assert sent[True]["categories"] == sent[False]["categories"] == ["gore", "weapon"]
     answered = {}
     for flagged in (True, False):
-        item = next(item for item in desk.todo if item.flagged == flagged)
+        item = next(item for item in desk.work.items if item.flagged == flagged)
         desk.held[item.id] = item
         shown = desk.picture(item.id)
         assert shown.jpeg
@@ -154,7 +167,7 @@ def test_neither_place_nor_words_nor_pictures_tell_drawn_images_from_flagged_one
     assert answered[True] == answered[False]
     assert "score" not in json.dumps(desk.next([], None, 4)) and "near" not in json.dumps(desk.about())
     # Ids are of one session: two reviewers cannot compare notes by them, and the tables have none of them.
-    assert not {item.id for item in desk.todo} & {item.id for item in desk_of(store, reviewer="bob").todo}
+    assert not {item.id for item in desk.work.items} & {item.id for item in desk_of(store, reviewer="bob").work.items}
 
 
 def test_a_filter_keeps_drawn_images_of_the_category_they_came_nearest_to(tmp_path):
@@ -324,6 +337,7 @@ def test_what_nobody_has_looked_at_gets_no_label(tmp_path):
         (ready, "not seen", (), True, "The picture can be seen"),
         (ready, "maybe", (), True, "'maybe' is no decision"),
         (gone, "violating", ("gore",), True, "There is no picture to judge"),
+        (gone, "unsure", (), True, "There is no picture to judge"),
         ("0" * 24, "unsure", (), True, "not yours to look at"),
     ]
     for page_id, answer, violating, revealed, words in refused:
@@ -335,9 +349,9 @@ def test_what_nobody_has_looked_at_gets_no_label(tmp_path):
     desk.decide(ready, uuid4().hex, "violating", ("gore",), revealed=False)  # blurred, it can be seen to be bad
     desk.decide(gone, uuid4().hex, "not seen", (), revealed=False)
     desk.skip(changed)
-    assert list(read_standing(store).labels.values()) == [1] and read_standing(store).unsure == frozenset()
+    assert list(read_standing(store).labels.values()) == [1] and read_standing(store).unsure == {}
     assert desk.progress() | {"answers": None} == {
-        "done": 2, "total": 3, "skipped": 1, "mine": 2, "can_undo": True, "answers": None
+        "done": 2, "total": 3, "skipped": 1, "waiting": 0, "mine": 2, "can_undo": True, "answers": None
     }  # fmt: skip
     assert desk.next([], None, 1)["items"] == []
     assert [name_of(item) for item in desk.next([], None, 1, again=True)["items"]] == [name_of(items[2])]
@@ -361,7 +375,13 @@ def test_a_second_opinion_is_of_another_person_and_begins_where_it_is_needed(tmp
         "mon-4.jpg",
     }
     own = desk_of(store, kind="second")
-    assert own.todo == [] and own.left_to_others == 4
+    assert own.work.items == []
+    # What stands in the terminal: whose decisions are left out, and how many.
+    assert bob.work.in_words() == ("mon: 4 images to review, 0 decided; left out: 1 that no first review has judged")
+    assert own.work.in_words() == (
+        "mon: 0 images to review, 0 decided; left out: 4 that ann decided in another kind of review, "
+        "1 that no first review has judged"
+    )
     (item,) = bob.next([], None, 1)["items"]
     assert item["history"]["tests"][0]["outcome"] == "flagged" and item["history"]["decisions"] == []
     go(bob, "violating")
@@ -370,7 +390,7 @@ def test_a_second_opinion_is_of_another_person_and_begins_where_it_is_needed(tmp
         ("first", "ann", "unsure"), ("second", "bob", "violating")
     ]  # fmt: skip
     assert bob.progress()["done"] == 1 and bob.progress()["total"] == 4
-    image = next(item.image_id for item in bob.todo if item.uri.endswith("mon-2.jpg"))
+    image = next(item.image_id for item in bob.work.items if item.uri.endswith("mon-2.jpg"))
     assert read_standing(store).labels[image, "gore"] == 1
 
 
@@ -395,24 +415,92 @@ def test_an_appeal_is_about_what_it_names_and_overrules(tmp_path):
     ann = desk_of(store)
     while ann.next([], None, 1)["items"]:
         go(ann, "violating")
-    uri = of_file(tmp_path / "source" / "mon-1.jpg")
+    about = of_file(tmp_path / "source" / "mon-1.jpg")
     named = tmp_path / "appeals.txt"
-    named.write_text(f"{uri['source_uri']}\n\n{uri['image_id']}\n")
-    appealed = read_names(str(named), None)
-    assert desk_of(store, kind="appeal", appealed=appealed).left_to_others == 1  # Ann's own
-    cat = desk_of(store, reviewer="cat", kind="appeal", appealed=appealed)
-    assert names_to_go(cat) == ["mon-1.jpg"]
+    named.write_bytes(b"\xef\xbb\xbf" + f"{about['source_uri']}\r\n\r\n {about['image_id']}\r\n".encode())
+    queue = read_queue(store, ("mon",))
+    appealed = read_appeals(str(named), None, queue)
+    assert [name_of(item.to_page()) for item in appealed] == ["mon-1.jpg"]
+    assert appeal_by(store, "ann", "mon-1.jpg").work.in_words() == (
+        "mon: 0 images to review, 0 decided; left out: 1 that ann decided in another kind of review"
+    )
+    cat = Desk(store, queue, PICTURES, kind="appeal", reviewer="cat", appealed=appealed)
     (item,) = cat.next([], None, 1)["items"]
     assert [part["reviewer"] for part in item["history"]["decisions"]] == ["ann"]
     go(cat, "not violating")
-    assert read_standing(store).labels[uri["image_id"], "gore"] == 0
+    assert read_standing(store).labels[about["image_id"], "gore"] == 0
     assert cat.next([], None, 1)["items"] == []
-    with pytest.raises(UsageError, match="1 of 1 appeals are about nothing that mon flagged or drew, 's3://b/x' first"):
-        desk_of(store, reviewer="cat", kind="appeal", appealed=["s3://b/x"])
-    for content, words in ((b"\xff", "no text in UTF-8"), (b"\n", "it names nothing")):
-        named.write_bytes(content)
-        with pytest.raises(UsageError, match=words):
-            read_names(str(named), None)
+
+
+def test_every_line_that_names_no_image_is_said_at_once(tmp_path):
+    store = night(tmp_path, flagged=2, drawn=0)
+    good = of_file(tmp_path / "source" / "mon-1.jpg")["source_uri"].encode()
+    named = tmp_path / "appeals.txt"
+    named.write_bytes(b"\n".join([good, b"s3://b/x\x1b", b"", b"\xff", good, b"s3://b/y", b"caf\xe9"]))
+    with pytest.raises(UsageError) as refused:
+        read_appeals(str(named), None, read_queue(store, ("mon",)))
+    assert str(refused.value) == (
+        f"appeals {named}: 4 of 6 lines name no image to review; about nothing that mon flagged or drew (name the runs "
+        "that did with --run-id, or take the lines out): line 2 's3://b/x\\\\x1b', line 6 's3://b/y'; "
+        "no text in UTF-8 (save the file as such): line 4, line 7"
+    )
+    named.write_bytes(b" \n")
+    with pytest.raises(UsageError, match="it names nothing"):
+        read_appeals(str(named), None, read_queue(store, ("mon",)))
+
+
+def test_an_appeal_that_was_left_unsure_is_open_for_somebody_else_until_it_has_an_answer(tmp_path):
+    store = night(tmp_path, flagged=2, drawn=0)
+    ann = desk_of(store)
+    go(ann, "violating")
+    go(ann, "not violating")
+    with pytest.raises(UsageError, match="no appeal about what mon flagged or drew was left unsure: name the images"):
+        appeal_by(store, "cat")
+    go(appeal_by(store, "cat", "mon-0.jpg"), "unsure")
+    image = of_file(tmp_path / "source" / "mon-0.jpg")["image_id"]
+    assert read_standing(store).unsure == {image: "appeal"}
+    # Not for Cat, who has said what she can. A second opinion would not overrule it, and the audit asks for none.
+    assert (
+        appeal_by(store, "cat").work.in_words()
+        == "mon: 1 images to review, 1 decided, 1 of them unsure, for somebody else"
+    )
+    note = audit(read_evidence(store, ("mon",), read_standing(store)), 0.5, 0.95).notes[0]
+    assert (
+        "another appeal review settles 1 of them (jobs.review --run-id mon --kind appeal)" in note
+        and "second" not in note
+    )
+    dan = appeal_by(store, "dan")
+    (item,) = dan.next([], None, 1)["items"]
+    said = [(part["reviewer"], part["answer"]) for part in item["history"]["decisions"]]
+    assert said == [("ann", "violating"), ("cat", "unsure")]
+    go(dan, "unsure")
+    assert dan.next([], None, 1)["items"] == [] and dan.progress()["waiting"] == 1
+    dan.undo(uuid4().hex)
+    assert dan.progress()["waiting"] == dan.progress()["done"] == 0
+    go(dan, "unsure")
+    eve = appeal_by(store, "eve")
+    go(eve, "not violating")
+    assert eve.progress()["done"] == 1 and eve.progress()["waiting"] == 0
+    assert read_standing(store).labels[image, "gore"] == 0 and read_standing(store).unsure == {}
+    dan.refresh()
+    assert dan.progress()["waiting"] == 0
+    with pytest.raises(UsageError, match="was left unsure"):
+        appeal_by(store, "fay")
+
+
+def test_a_second_opinion_that_was_left_unsure_is_asked_for_again_and_first(tmp_path):
+    store = night(tmp_path, flagged=3, drawn=0)
+    ann = desk_of(store)
+    for _ in range(3):
+        go(ann, "violating")
+    go_by_name(desk_of(store, reviewer="bob", kind="second"), {"mon-0.jpg": "unsure"})
+    cat = desk_of(store, reviewer="cat", kind="second")
+    assert names_to_go(cat)[0] == "mon-0.jpg" and len(names_to_go(cat)) == 3
+    note = audit(read_evidence(store, ("mon",), read_standing(store)), 0.5, 0.95).notes[0]
+    assert (
+        "a second opinion settles 1 of them (jobs.review --run-id mon --kind second), by somebody who has not judged"
+        in note
+    )
 
 
 # Pictures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,17 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.decisions import read_standing
+from pipeline.decisions import read_standing, write_decision
 from pipeline.errors import StoreError
+from pipeline.fetch import FetchError
 from pipeline.plan import Preparation
 from pipeline.review_desk import Desk
+from pipeline.review_log import rows_of
 from pipeline.review_picture import Pictures
 from pipeline.review_server import ReviewServer
 from pipeline.source import image_id
 from pipeline.storage import parse_uri
 from pipeline.store import Store
 from pipeline.visible import visible
-from tests.review_pages import desk_of, draw, drawn_row, flagged_row, night, of_file, served, write_run
+from tests.review_pages import appeal_by, desk_of, draw, drawn_row, flagged_row, night, of_file, served, write_run
 
 Open = Callable[..., Any]
 
@@ -269,10 +272,10 @@ def test_a_first_review_shows_no_score_before_the_decision_and_a_second_does(bro
     page.wait_for_selector("#end:not([hidden])")
     assert page.is_enabled("#end-undo")
     press(page, "h")
-    until(page, "document.querySelector('#end-list').textContent.includes('First review: violating (gore), ann')")
-    assert name in page.inner_text("#end-head") and page.is_disabled("#end-undo")
+    until(page, "document.querySelector('#end #history').textContent.includes('First review: violating (gore), ann')")
+    assert page.inner_text("#history-name") == name and page.is_disabled("#end-undo")
     press(page, "z")
-    assert len(rows_in(store)) == 3
+    assert len(rows_in(store)) == 3 and page.inner_text("#status").startswith("That decision stays")
 
     second = browser.open(desk_of(store, reviewer="bob", kind="second"))
     ready(second)
@@ -288,11 +291,88 @@ def test_a_first_review_shows_no_score_before_the_decision_and_a_second_does(bro
     assert "3 more were decided by you before: somebody else has to look." in own.inner_text("#end-text")
 
     uri = rows_in(store)[0]["source_uri"]
-    appeal = browser.open(desk_of(store, reviewer="cat", kind="appeal", appealed=[uri]))
+    appeal = browser.open(appeal_by(store, "cat", uri.rsplit("/", 1)[1]))
     assert ready(appeal) == uri and appeal.inner_text("#count") == "0 of 1"
     assert "First review: not violating, ann" in appeal.inner_text("#history")
-    decide(appeal, "Space", "n")
+    decide(appeal, "Space", "u")
     appeal.wait_for_selector("#end:not([hidden])")
+    assert "1 that you left unsure stay open: somebody else has to look." in appeal.inner_text("#end-text")
+    other = browser.open(appeal_by(store, "dan"))
+    assert ready(other) == uri and "Appeal: unsure, cat" in other.inner_text("#history")
+    decide(other, "Space", "n")
+    other.wait_for_selector("#end:not([hidden])")
+    assert "somebody else" not in other.inner_text("#end-text")
+
+
+def test_history_comes_with_a_whole_name_and_goes_back_to_where_one_was(browser, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    names = ["/".join(letter * 60 for _ in range(9)) + ".jpg" for letter in "abc"]
+    for name in names:
+        (source / name).parent.mkdir(parents=True)
+    about = [of_file(draw(source / name, number)) for number, name in enumerate(names)]
+    store = Store(str(tmp_path / "out"))
+    write_run(store, "mon", [flagged_row(row, "mon", "gore", 0.9 - place / 10) for place, row in enumerate(about)])
+    for number, row in enumerate(about):
+        said = {"kind": "first", "reviewer": "ann", "answer": "violating", "violating": ("gore",), "revealed": True}
+        image = {"run_id": "mon", "image_id": row["image_id"], "source_uri": row["source_uri"]}
+        made = rows_of(decision_id=f"{number:032x}", item_rows=image, categories=("gore",), sha256="0" * 64, **said)
+        write_decision(store, made)
+    page = browser.open(desk_of(store, reviewer="bob", kind="second"))
+    first = ready(page)
+    assert page.is_disabled("#last")
+    decide(page, "Space", "n")
+    own = (ready(page), page.inner_text("#history"))
+    press(page, "h")
+    until(page, "document.querySelector('#history-title').textContent === 'What was said of the last one'")
+    assert page.get_attribute("#last", "aria-pressed") == "true"
+    # Whole, in sight or in reach: wrapped in its box, by Tab and arrows, and as a title.
+    assert page.inner_text("#history-name") == page.get_attribute("#history-name", "title") == first
+    assert len(first) > 500
+    for name in ("#name", "#history-name"):
+        box = page.evaluate(BOX, name)
+        assert box["scrollWidth"] <= box["clientWidth"] and page.get_attribute(name, "tabindex") == "0"
+    page.focus("#history-name")
+    page.keyboard.press("End")
+    until(page, "document.querySelector('#history-name').scrollTop > 0")
+    assert page.inner_text("#status").startswith("That decision stays")
+    press(page, "h")
+    assert (page.inner_text("#name"), page.inner_text("#history")) == own and page.inner_text("#status") == ""
+    assert page.get_attribute("#last", "aria-pressed") == "false"
+    decide(page, "Space", "v")
+    ready(page)
+    decide(page, "u")
+    page.wait_for_selector("#end:not([hidden])")
+    assert page.is_hidden("#history") and page.inner_text("#end-head") == "Your decisions in this session"
+    press(page, "h")
+    page.wait_for_selector("#end #history:not([hidden])")
+    assert page.locator("#history table").count() == 1 and page.inner_text("#end-list") != ""
+    press(page, "h")
+    assert page.is_hidden("#history")
+
+
+BOX = """(name) => {
+  const { scrollWidth, clientWidth } = document.querySelector(name);
+  return { scrollWidth, clientWidth };
+}"""
+
+
+def test_the_line_at_the_bottom_is_about_what_was_done_last(browser, tmp_path):
+    page = browser.open(desk_of(night(tmp_path, flagged=3, drawn=0)))
+    ready(page)
+    press(page, "z")
+    assert page.inner_text("#status") == "There is nothing of this session to take back."
+    press(page, "n")
+    assert page.inner_text("#status").startswith("Look at it first")
+    press(page, "Space")
+    assert page.inner_text("#status") == ""
+    decide(page, "v")
+    ready(page)
+    press(page, "z")
+    until(page, "document.querySelector('#status').textContent === 'Taken back: decide again.'")
+    ready(page)
+    press(page, "Space")
+    assert page.inner_text("#status") == "" and not is_blurred(page)
 
 
 def test_two_reviewers_share_a_queue(browser, tmp_path):
@@ -356,6 +436,48 @@ def test_what_is_gone_or_changed_is_said_and_can_be_decided_as_not_seen(browser,
         decide(page, "x")
     page.wait_for_selector("#end:not([hidden])")
     assert {row["decision"] for row in rows_in(store)} == {"not seen"} and read_standing(store).labels == {}
+
+
+def refuse(*_: Any) -> None:
+    raise FetchError("fetch_denied", "Permission denied")
+
+
+def test_a_store_that_refuses_is_said_in_words_and_asked_again(browser, tmp_path, monkeypatch):
+    said: list[str] = []
+    store = night(tmp_path, flagged=3, drawn=0)
+    desk = desk_of(store, say=said.append)
+    with monkeypatch.context() as patch:
+        # Not by the file's mode: who runs the tests may read every file.
+        patch.setattr("pipeline.fetch._read_file", refuse)
+        page = browser.open(desk)
+        until(page, "document.querySelector('#notice').textContent.includes('refused access')")
+        page.wait_for_timeout(260)
+        assert page.inner_text("#notice") == (
+            "It cannot be shown. The storage refused access to the object: Permission denied. "
+            "You can try again (R), or leave it for later (S)."
+        )
+        assert page.is_visible("#retry") and page.is_hidden("#not-seen") and page.is_disabled("#unsure")
+        press(page, "x", "u", "v")
+        assert rows_in(store) == []
+        # Who has tried again may go on without it.
+        press(page, "r")
+        page.wait_for_selector("#not-seen:not([hidden])")
+        assert page.is_visible("#retry") and "or say that it could not be seen (X)" in page.inner_text("#notice")
+    # Three pictures were asked for, one of them twice: a line for who runs the job.
+    (line,) = said
+    assert re.fullmatch(
+        r"fetch_denied: pictures cannot be fetched, file:\S+/mon-\d\.jpg first\. It cannot be shown\. "
+        r"The storage refused access to the object: Permission denied\. "
+        r"Mend that, then try again on the page \(R\); others that fail so are not named here\.",
+        line,
+    )
+    press(page, "r")
+    for _ in range(3):  # those that had been fetched ahead were tried again too
+        ready(page)
+        assert page.is_hidden("#retry") and page.is_hidden("#notice")
+        decide(page, "Space", "n")
+    page.wait_for_selector("#end:not([hidden])")
+    assert {row["decision"] for row in rows_in(store)} == {"not violating"} and len(said) == 1
 
 
 def test_without_its_token_the_page_says_what_to_do(browser, tmp_path):

@@ -200,6 +200,25 @@ def test_what_was_answered_survives_a_kill_and_the_next_session_goes_on(tmp_path
         out, err = process.communicate(timeout=30)
         assert (process.returncode, err) == (0, "") and "0 decisions of ann are in file://" in out
     assert not [key for key in store.sizes("reviews/_leases") if b"until" not in store.read(key)]
+    with running(tmp_path / "out", "--kind", "second") as (*_, said):
+        left_out = "2 that ann decided in another kind of review, 4 that no first review has judged"
+        assert said[0] == f"mon: 0 images to review, 0 decided; left out: {left_out}"
+
+
+def test_who_runs_the_job_reads_that_pictures_cannot_be_fetched(tmp_path):
+    night(tmp_path, flagged=2, drawn=0)
+    for picture in (tmp_path / "source").iterdir():
+        # A link to itself cannot be read, whoever asks.
+        picture.unlink()
+        picture.symlink_to(picture.name)
+    with running(tmp_path / "out") as (process, port, token, _):
+        items = json.loads(ask(port, "/api/next", token, {"wanted": 2})[2])["items"]
+        problems = [json.loads(ask(port, f"/api/picture/{item['id']}", token)[2]) for item in items]
+        assert [(problem["may_pass"], problem["lost"]) for problem in problems] == [(True, False)] * 2
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (0, "")
+        assert out.count("fetch_failed: pictures cannot be fetched, ") == out.count("pictures cannot be fetched") == 1
 
 
 def test_wrong_usage_is_one_line(tmp_path, server, store):
@@ -210,8 +229,8 @@ def test_wrong_usage_is_one_line(tmp_path, server, store):
         ((*here, "\n"), "1 to 64 printable characters"),
         ((*here, "ann", "--run-id", "tue"), "there is no complete run 'tue'"),
         ((*here, "ann", "--run-id", "mon", "mon"), "give each run once"),
-        ((*here, "ann", "--kind", "appeal"), "both --kind appeal and --appeals FILE"),
-        ((*here, "ann", "--appeals", "x"), "both --kind appeal and --appeals FILE"),
+        ((*here, "ann", "--kind", "appeal"), "was left unsure: name the images that somebody appealed about with"),
+        ((*here, "ann", "--appeals", "x"), "the kind is first: give --kind appeal"),
         ((*here, "ann", "--kind", "appeal", "--appeals", str(tmp_path / "none")), "no such file"),
         ((*here, "ann", "--port", "99999"), "between 0 and 65535"),
         ((*here, "ann", "--port", str(server.port)), f"port {server.port}: "),

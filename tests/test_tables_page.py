@@ -30,6 +30,10 @@ BLOCKS = re.findall(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", PAGE, re.MULTILINE | re
 WORDS = {"float": "float32", "double": "float64", "timestamp[us, tz=UTC]": "timestamp", "date32[day]": "date"}
 
 
+VIEWS = ("per_image", "reviews", "decisions", "disputed")
+"""Those with columns of their own."""
+
+
 def blocks(language: str, dialect: str) -> list[str]:
     found = [text for what, where, text in BLOCKS if (what, where) == (language, dialect)]
     assert found, f"docs/tables.md shows no {language} for {dialect}"
@@ -97,9 +101,9 @@ def of_view(folder: Path, name: str) -> pa.Schema:
         return session.sql(f"FROM {name}").to_arrow_table().schema
 
 
-@pytest.mark.parametrize("name", [*schema.TABLES, "runs", "per_image", "reviews"])
+@pytest.mark.parametrize("name", [*schema.TABLES, "runs", *VIEWS])
 def test_columns_and_types_on_the_page_are_those_of_the_schema(folder, name):
-    if name in ("per_image", "reviews"):
+    if name in VIEWS:
         expected = columns(of_view(folder, name))
     else:
         expected = columns(RUNS if name == "runs" else with_scan_date(name))
@@ -109,9 +113,11 @@ def test_columns_and_types_on_the_page_are_those_of_the_schema(folder, name):
 
 def test_what_the_page_says_is_never_null_is_never_null(folder):
     with sql_session(open_tables(Store(str(folder / "out")))) as session:
-        for name in (*schema.TABLES, "runs", "per_image", "reviews"):
+        for name in (*schema.TABLES, "runs", *VIEWS):
             # Hand-made rows leave out what views do not ask for.
-            rows = session.sql(f"FROM {name}" + (" WHERE run_id IN ('mon', 'tue')" if name != "per_image" else ""))
+            rows = session.sql(
+                f"FROM {name}" + ("" if name in ("per_image", "disputed") else " WHERE run_id IN ('mon', 'tue')")
+            )
             table = rows.to_arrow_table()
             assert table.num_rows
             for column, _, _, null in documented(name):
@@ -134,9 +140,12 @@ def test_views_of_findings_and_of_the_newest_nights_have_the_columns_of_their_ta
 def test_queries_of_the_views_run(folder):
     with sql_session(open_tables(Store(str(folder / "out")))) as session:
         answers = [session.execute(sql).fetchall() for sql in blocks("sql", "views")]
-    joined, gone, tests, nights = answers
+    joined, disputed, gone, tests, nights = answers
     decided = [(row[0].rsplit("/", 1)[1], *row[3:]) for row in joined if row[3]]
     assert decided == [("3.jpg", "not violating", "second", "bob")] * 2 and len(joined) == 4
+    assert [(row[0].rsplit("/", 1)[1], *row[1:]) for row in disputed] == [
+        ("3.jpg", "automobile", "not violating", ["ann"], ["bob"])
+    ]
     assert [(row[0].rsplit("/", 1)[1], row[1], row[2]) for row in gone] == [("5.jpg", ["automobile"], "mon")]
     assert [(row[0].rsplit("/", 1)[1], row[2], row[4]) for row in tests] == [("3.jpg", "tree", 1)]
     assert sum(row[2] for row in nights) == 2 + 1 + 40 + 39

@@ -10,8 +10,8 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.clean import Litter, find_abandoned, find_litter
 from pipeline.errors import UsageError
-from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
-from pipeline.store import Store
+from pipeline.output import open_output
+from pipeline.storage import check_endpoint, storage_errors_as_usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class JobConfig:
 def run(config: JobConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
     with storage_errors_as_usage():
-        store = Store(config.output, config.endpoint_url, patience=READ_PATIENCE)
+        store = open_output(config.output, config.endpoint_url)
         age = timedelta(hours=config.older_than)
         found = [find_abandoned(store, config.abandon, age)] if config.abandon else find_litter(store, age)
         for litter in found:

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from jobs.cli import run_job
 from pipeline.errors import UsageError
-from pipeline.storage import READ_PATIENCE, check_endpoint, parse_uri, storage_errors_as_usage
-from pipeline.store import Store
+from pipeline.output import open_output
+from pipeline.storage import check_endpoint, parse_uri, storage_errors_as_usage
 from pipeline.tables import open_tables, sql_session
 
 ROWS_SHOWN = 1000
@@ -56,7 +56,7 @@ class JobConfig:
 def run(config: JobConfig) -> None:
     sql = config.sql or sys.stdin.read()
     with storage_errors_as_usage():
-        store = Store(config.output, config.endpoint_url, patience=READ_PATIENCE)
+        store = open_output(config.output, config.endpoint_url)
         tables = open_tables(store)
     if tables.gone:
         notes = Console(stderr=True, soft_wrap=True, highlight=False)

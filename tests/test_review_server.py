@@ -204,6 +204,7 @@ def test_what_was_answered_survives_a_kill_and_the_next_session_goes_on(tmp_path
 
 def test_wrong_usage_is_one_line(tmp_path, server, store):
     output = str(tmp_path / "out")
+    Store(output).write("runs/begun/status.json", b"{}")
     expect(run_here(job, "--output", output, "--reviewer", "ann"), 2, "there is no complete run in")
     here = ("--output", store.name, "--reviewer")
     for options, words in (

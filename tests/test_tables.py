@@ -296,6 +296,20 @@ def test_a_query_is_answered_for_people_and_programs(store):
     assert [json.loads(line) for line in lines if "at" in line] == [{"n": 2, "at": "2026-01-01"}]
 
 
+def test_a_spreadsheet_runs_no_cell_of_a_query(store):
+    """Numbers stay numbers, and a table of uris is a source again."""
+    names = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\tx", "plain"]
+    write_night(store, "mon", 0, [judged(name, "cleared") for name in names])
+    asking = ["--output", store.name, "--format"]
+    bare = "SELECT source_uri AS uri, substr(source_uri, 8) AS name, -1.5 AS n, DATE '2026-01-01' AS d FROM ledger"
+    rows = list(csv.DictReader(io.StringIO(run_here(query, bare, *asking, "csv").stdout, newline="")))
+    assert sorted(row["name"] for row in rows) == sorted(["plain", *(f"'{name}" for name in names[:-1])])
+    assert {(row["n"], row["d"]) for row in rows} == {("-1.5", "2026-01-01")}
+    assert {row["uri"] for row in rows} == {f"s3://b/{name}" for name in names}
+    answered = [json.loads(line)["name"] for line in run_here(query, bare, *asking, "json").stdout.splitlines()]
+    assert sorted(answered) == sorted(names)
+
+
 @pytest.mark.parametrize(
     ("statement", "words"),
     [

@@ -263,7 +263,7 @@ class Driver:
                 self._put_failure(record)
             self._ended("failed", record, reason=line)
             if isinstance(error, KeyboardInterrupt):
-                raise
+                raise type(error)(f"{error or 'interrupted'}; {self._again()}") from None
             raise RunError(f"run {self.run_id!r} failed: {line}; {self._again()}") from error
 
     def _again(self) -> str:

@@ -20,7 +20,7 @@ from ray.scripts.scripts import cli as ray_cli
 
 from pipeline import commit
 from pipeline.codes import CODES
-from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
+from pipeline.errors import ReaderGone, RunError, RunStopped, RunSuspect, Terminated, UsageError
 from pipeline.plan import BankSpec, load_plan
 from pipeline.policy import read_policy
 from pipeline.storage import s3_client
@@ -368,7 +368,10 @@ def test_the_runbook_has_every_class_that_ends_a_job():
             r"^class (\w+)\(.*\):(?:\n.*?){1,4}?exit_code", (ROOT / "pipeline/errors.py").read_text(), re.MULTILINE
         )
     )
-    assert named == {"UsageError", "RunError", "RunSuspect", "RunStopped"}
+    ended = {"Ended", "Terminated", "ReaderGone"}
+    assert named == {"UsageError", "RunError", "RunSuspect", "RunStopped"} | ended
+    codes = set(re.findall(r"^\| (1\d\d) \|", RUNBOOK.split("## Exit codes\n")[1].split("\n### ")[0], re.MULTILINE))
+    assert codes == {str(kind.exit_code) for kind in (Terminated, ReaderGone)} | {"137"}
 
 
 def test_the_runbook_has_every_alert():

@@ -29,7 +29,8 @@ class JobConfig:
     older_than: float = 24.0
     """Hours for which nothing was written under a run before its files count as dead; at least 1."""
     abandon: str | None = None
-    """Instead: everything of this unfinished run, its rows in the tables included."""
+    """Instead: everything of this unfinished run, its rows in the tables included; of one that has stopped or failed
+    whatever its age."""
     delete: bool = False
     """Remove what would only be listed without it."""
 

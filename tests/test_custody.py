@@ -95,8 +95,8 @@ def test_a_run_can_be_given_up_by_name_and_a_complete_one_cannot(left_behind):
     age(left_behind.store)
     assert run("clean", "--output", output, "--abandon", "r", "--delete").returncode == 0
     assert set(left_behind.store.sizes("")) == others
-    expect(run("clean", "--output", output, "--abandon", "r"), 2, "there is no run 'r'")
     left_behind.store.write("runs/r3.json", b"{}")
+    expect(run("clean", "--output", output, "--abandon", "r"), 2, "there is no run 'r'")
     expect(run("clean", "--output", output, "--abandon", "r3"), 2, "run 'r3' is complete: its tables stay")
 
 

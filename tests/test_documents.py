@@ -23,6 +23,7 @@ from pipeline.codes import CODES
 from pipeline.errors import ReaderGone, RunError, RunStopped, RunSuspect, Terminated, UsageError
 from pipeline.plan import BankSpec, load_plan
 from pipeline.policy import read_policy
+from pipeline.runs import STATES
 from pipeline.storage import s3_client
 from pipeline.store import Store
 from pipeline.tables import open_tables, sql_session
@@ -359,6 +360,11 @@ def test_the_runbook_has_every_exit_code_and_job():
         for job in re.findall(r"`(\w+)`", row)
     }
     assert told == set(JOBS)
+
+
+def test_the_runbook_has_every_state_of_a_run():
+    first_look = RUNBOOK.split("## First look\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", first_look, re.MULTILINE) == list(STATES)
 
 
 def test_the_runbook_has_every_class_that_ends_a_job():

@@ -6,8 +6,9 @@ from pipeline.errors import UsageError
 from pipeline.storage import READ_PATIENCE
 from pipeline.store import Store
 
-TRACES = {"runs", "_state", "_attempts"}
-"""Folders of which every scan has left one, also one that still lists its source, or died."""
+TRACES = {"runs", "_state", "_attempts", "reviews"}
+"""Folders of which every scan has left one, also one that still lists its source, or died; decisions outlive runs, and
+must be reached by an erasure."""
 
 
 def open_output(uri: str, endpoint_url: str | None, *, kms_key: str | None = None) -> Store:

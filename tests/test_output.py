@@ -55,8 +55,9 @@ def bucket(endpoint: str) -> str:
     return "s3://outputs/night"
 
 
-def test_a_run_that_has_only_begun_makes_an_output(tmp_path):
-    for number, key in enumerate((f"{commit.listing_prefix('r')}/0.json", commit.status_key("r"))):
+def test_a_run_that_has_only_begun_makes_an_output_and_so_do_decisions_on_runs_that_are_gone(tmp_path):
+    begun = (f"{commit.listing_prefix('r')}/0.json", commit.status_key("r"))
+    for number, key in enumerate((*begun, "reviews/review_date=2026-01-01/a.parquet")):
         folder = tmp_path / str(number)
         Store(str(folder)).write(key, b"{}")
         assert open_output(str(folder), None).name == str(folder)

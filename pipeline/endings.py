@@ -12,17 +12,19 @@ from typing import Any, NoReturn, TextIO, cast
 
 from pipeline.errors import ReaderGone, Terminated
 
-_watched: list[bool] = []
-"""Whether the process is within ``ended_by_name``: a library must not take the signals of whoever calls it."""
+_waiting: list[bool] = []
+"""Of each ``ended_by_name`` that this process is within, whether no SIGTERM has come yet: a library must not take the
+signals of whoever calls it."""
 
 
 @contextmanager
 def ended_by_name() -> Iterator[None]:
-    """Within it SIGTERM raises Terminated, and printing when nobody reads any more ReaderGone, so that everything which
-    is tidied up after Ctrl-C is tidied up then too. The second then ends the process without a word, as it does ``ls``.
+    """Within it SIGTERM raises Terminated, and printing for a reader that has left ReaderGone: whatever is tidied up
+    after Ctrl-C is tidied up then too. ReaderGone then ends the process without a word, as ``ls | head`` ends.
+
     For the main thread."""
     before = signal.getsignal(signal.SIGTERM)
-    _watched.append(True)
+    _waiting.append(True)
     catch_sigterm()
     try:
         with redirect_stdout(cast(TextIO, _Printed(sys.stdout))):
@@ -31,7 +33,7 @@ def ended_by_name() -> Iterator[None]:
     except ReaderGone as gone:
         sys.exit(gone.exit_code)
     finally:
-        _watched.pop()
+        _waiting.pop()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -40,11 +42,12 @@ def catch_sigterm() -> None:
 
     While Ray starts in another thread, a SIGTERM still comes to that.
     """
-    if _watched:
+    if _waiting and _waiting[-1]:
         signal.signal(signal.SIGTERM, _terminate)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    _waiting[-1] = False
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # who asks twice is not kept waiting
     raise Terminated("terminated by SIGTERM")
 

@@ -40,7 +40,7 @@ class Terminated(Ended):
 
 
 class ReaderGone(Ended):
-    """Whoever read standard output has left, as ``head`` does. Nobody is told: it is no failure."""
+    """Whoever read standard output has left, as ``head`` does, and needs to be told nothing."""
 
     exit_code: ClassVar[int] = 141
 

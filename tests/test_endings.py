@@ -18,7 +18,7 @@ import pytest
 
 from jobs import clean, query, status
 from jobs.cli import run_job
-from pipeline.endings import ended_by_name
+from pipeline.endings import catch_sigterm, ended_by_name
 from pipeline.errors import Terminated
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
@@ -103,6 +103,7 @@ def test_signals_are_those_of_the_caller_again_and_the_second_one_is_not_caught(
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
         finally:
+            catch_sigterm()  # as when Ray is shut down meanwhile
             meanwhile.append(signal.getsignal(signal.SIGTERM))
 
     with pytest.raises(Terminated, match="terminated by SIGTERM"), ended_by_name():

@@ -11,6 +11,7 @@ from pipeline import commit
 from pipeline.audit import audit, audit_table, thresholds_table
 from pipeline.decisions import read_standing
 from pipeline.errors import RunError, UsageError
+from pipeline.output import open_output
 from pipeline.reviews import read_evidence, read_reviews
 from pipeline.sink import table_bytes
 from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
@@ -55,7 +56,7 @@ class JobConfig:
 def run(config: JobConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
     with storage_errors_as_usage():
-        store = Store(config.output, config.endpoint_url, patience=READ_PATIENCE)
+        store = open_output(config.output, config.endpoint_url)
         labels = read_reviews(config.reviews, config.endpoint_url) if config.reviews else read_standing(store)
         evidence = read_evidence(store, config.run_id, labels)
         result = audit(evidence, config.recall_bound, config.confidence)

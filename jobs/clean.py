@@ -10,8 +10,8 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.clean import Litter, find_abandoned, find_litter
 from pipeline.errors import UsageError
-from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
-from pipeline.store import Store
+from pipeline.output import open_output
+from pipeline.storage import check_endpoint, storage_errors_as_usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class JobConfig:
     older_than: float = 24.0
     """Hours for which nothing was written under a run before its files count as dead; at least 1."""
     abandon: str | None = None
-    """Instead: everything of this unfinished run, its rows in the tables included."""
+    """Instead: everything of this unfinished run, its rows in the tables included; of one that has stopped or failed
+    whatever its age."""
     delete: bool = False
     """Remove what would only be listed without it."""
 
@@ -42,7 +43,7 @@ class JobConfig:
 def run(config: JobConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
     with storage_errors_as_usage():
-        store = Store(config.output, config.endpoint_url, patience=READ_PATIENCE)
+        store = open_output(config.output, config.endpoint_url)
         age = timedelta(hours=config.older_than)
         found = [find_abandoned(store, config.abandon, age)] if config.abandon else find_litter(store, age)
         for litter in found:

@@ -14,6 +14,7 @@ from cyclopts.config import Yaml
 from rich.console import Console
 
 from pipeline.documents import parse_yaml
+from pipeline.endings import ended_by_name
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
 from pipeline.events import Events, told_as_json
 
@@ -36,11 +37,12 @@ def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn
     Every field is a flag; ``--config FILE.yaml`` gives values that flags override.
     """
     try:
-        run(parse(job, config_type, sys.argv[1:]))
+        with ended_by_name():
+            run(parse(job, config_type, sys.argv[1:]))
     except (CycloptsError, UsageError, RunError, RunStopped, RunSuspect) as error:
         _end(getattr(error, "exit_code", UsageError.exit_code), f"{job}: {error}")
-    except KeyboardInterrupt:
-        _end(1, f"{job}: interrupted")
+    except KeyboardInterrupt as error:
+        _end(getattr(error, "exit_code", RunError.exit_code), f"{job}: {error or 'interrupted'}")
     sys.exit(0)
 
 
@@ -74,6 +76,7 @@ def parse(job: str, config_type: type, arguments: list[str]) -> Any:
         result_action="return_value",
         print_error=False,
     )
+    app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False  # or it would end with 130
     app.default(build)
 
     def with_file(

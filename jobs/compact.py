@@ -11,8 +11,8 @@ from jobs.cli import run_job
 from pipeline.compact import TARGET_BYTES, compact, runs_to_compact
 from pipeline.compact_reviews import compact_reviews
 from pipeline.errors import UsageError
-from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
-from pipeline.store import Store
+from pipeline.output import open_output
+from pipeline.storage import check_endpoint, storage_errors_as_usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class JobConfig:
 def run(config: JobConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
     with storage_errors_as_usage():
-        store = Store(config.output, config.endpoint_url, kms_key=config.kms_key, patience=READ_PATIENCE)
+        store = open_output(config.output, config.endpoint_url, kms_key=config.kms_key)
         runs = runs_to_compact(store, config.run_id, timedelta(hours=config.older_than))
         for run_id in runs:
             done = compact(store, run_id, round(config.target_megabytes * 1e6))

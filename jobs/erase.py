@@ -9,8 +9,8 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.erase import Subject, erase
 from pipeline.errors import UsageError
-from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
-from pipeline.store import Store
+from pipeline.output import open_output
+from pipeline.storage import check_endpoint, storage_errors_as_usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class JobConfig:
 def run(config: JobConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
     with storage_errors_as_usage():
-        store = Store(config.output, config.endpoint_url, kms_key=config.kms_key, patience=READ_PATIENCE)
+        store = open_output(config.output, config.endpoint_url, kms_key=config.kms_key)
         rewritten = erase(store, Subject(image_ids=config.image_id, uris=config.uri), dry_run=config.dry_run)
     for file in rewritten:
         console.print(

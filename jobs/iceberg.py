@@ -8,8 +8,8 @@ from rich.console import Console
 
 from jobs.cli import run_job
 from pipeline.errors import UsageError
-from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
-from pipeline.store import Store
+from pipeline.output import open_output
+from pipeline.storage import check_endpoint, storage_errors_as_usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def run(config: JobConfig) -> None:
         ) from error
     console = Console(soft_wrap=True, highlight=False)
     with storage_errors_as_usage():
-        store = Store(config.output, config.endpoint_url, patience=READ_PATIENCE)
+        store = open_output(config.output, config.endpoint_url)
         catalog = open_catalog(config.catalog, config.namespace)
         for done in publish(store, config.run_id, catalog, config.namespace):
             rows = ", ".join(f"{count:,} of {table}" for table, count in done.rows.items())

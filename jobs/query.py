@@ -8,18 +8,19 @@ import shutil
 import sys
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import duckdb
 from rich.console import Console
 
 from jobs.cli import run_job
 from pipeline.errors import UsageError
-from pipeline.storage import READ_PATIENCE, check_endpoint, parse_uri, storage_errors_as_usage
-from pipeline.store import Store
+from pipeline.output import open_output
+from pipeline.storage import check_endpoint, parse_uri, storage_errors_as_usage
 from pipeline.tables import open_tables, sql_session
 
 ROWS_SHOWN = 1000
+FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class JobConfig:
     endpoint_url: str | None = None
     """Address of an S3-compatible server; without it AWS is meant."""
     format: Literal["table", "csv", "json"] = "table"
-    """table: for people, a thousand rows at most; csv; json: an object a line."""
+    """table: for people, a thousand rows at most; csv: safe for spreadsheets; json: an object a line, as it is."""
     files: tuple[str, ...] = ()
     """Local folders in which the statements may read files, and write them with COPY. Default: none."""
 
@@ -56,13 +57,11 @@ class JobConfig:
 def run(config: JobConfig) -> None:
     sql = config.sql or sys.stdin.read()
     with storage_errors_as_usage():
-        store = Store(config.output, config.endpoint_url, patience=READ_PATIENCE)
+        store = open_output(config.output, config.endpoint_url)
         tables = open_tables(store)
     if tables.gone:
-        notes = Console(stderr=True, soft_wrap=True, highlight=False)
-        notes.print(
-            f"{len(tables.gone)} files of complete runs are gone, {tables.gone[0]} first: their rows are missing"
-        )
+        gone = f"{len(tables.gone)} files of complete runs are gone, {tables.gone[0]} first: their rows are missing"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(gone)
     try:
         with sql_session(tables, config.files) as session:
             for statement in session.extract_statements(sql):
@@ -85,10 +84,14 @@ def _show(answer: duckdb.DuckDBPyRelation, format: str) -> None:
             if format == "json":
                 print(json.dumps(row, default=str))
             else:
-                cells = row.values()
-                writer.writerow(
-                    json.dumps(cell, default=str) if isinstance(cell, list | dict) else cell for cell in cells
-                )
+                writer.writerow(map(_cell, row.values()))
+
+
+def _cell(value: Any) -> Any:
+    """Of CSV: text that a spreadsheet would run begins with an apostrophe, for strangers name objects."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, default=str)
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.appeals import read_appeals
 from pipeline.errors import UsageError
+from pipeline.output import open_output
 from pipeline.review_desk import Desk
 from pipeline.review_picture import Pictures
 from pipeline.review_queue import newest_run, read_queue
 from pipeline.review_rules import check_reviewer
 from pipeline.review_server import serve
-from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
-from pipeline.store import Store
+from pipeline.storage import check_endpoint, storage_errors_as_usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class JobConfig:
 def run(config: JobConfig) -> None:
     say = partial(Console(soft_wrap=True, highlight=False).print, markup=False)
     with storage_errors_as_usage():
-        store = Store(config.output, config.endpoint_url, kms_key=config.kms_key, patience=READ_PATIENCE)
+        store = open_output(config.output, config.endpoint_url, kms_key=config.kms_key)
         queue = read_queue(store, config.run_id or (newest_run(store),), config.order)
         appealed = read_appeals(config.appeals, config.endpoint_url, queue) if config.appeals else None
         pictures = Pictures(queue.limits, config.endpoint_url)

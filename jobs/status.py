@@ -11,9 +11,9 @@ from jobs.cli import run_job
 from pipeline.baseline import accept
 from pipeline.errors import UsageError
 from pipeline.metrics import exposition
+from pipeline.output import open_output
 from pipeline.runs import Run, details, follow, line, list_runs, read_run, samples, table
-from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
-from pipeline.store import Store
+from pipeline.storage import check_endpoint, storage_errors_as_usage
 
 WIDTH = 160
 """Of a table that goes to a file or a mail, where nothing needs to be cut."""
@@ -64,7 +64,7 @@ def run(config: JobConfig) -> None:
         say(json.dumps(asdict(found)) if config.json else line(found))
 
     with storage_errors_as_usage():
-        store = Store(config.output, config.endpoint_url, patience=READ_PATIENCE)
+        store = open_output(config.output, config.endpoint_url)
         if config.accept:
             accept(store, config.accept)
             say(f"run {config.accept}: accepted")

@@ -11,6 +11,9 @@ from pipeline.compact import unnamed_files
 from pipeline.errors import UsageError
 from pipeline.store import Store
 
+ENDED = ("stopped", "failed")
+"""What a driver says of a run that it has left unfinished."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Litter:
@@ -75,13 +78,14 @@ def _referred_to(store: Store, run_id: str, state: list[str]) -> set[str]:
 def find_abandoned(store: Store, run_id: str, older_than: timedelta) -> Litter:
     """Everything of a run that will never be finished, its rows in the tables included.
 
-    Raises UsageError when it is complete, or may have a living driver, or is not there.
+    Of one that said itself that it has stopped or failed, at once; of any other when nothing was written within
+    ``older_than``. Raises UsageError when it is complete, or may have a living driver, or is not there.
     """
     if store.exists(commit.record_key(run_id)):
         raise UsageError(f"run {run_id!r} is complete: its tables stay")
     state, attempts = store.objects(commit.state_prefix(run_id)), store.objects(commit.attempts_prefix(run_id))
     alive = _written_lately(state | attempts, older_than)
-    if alive:
+    if alive and not _has_ended(store, run_id, state | attempts):
         raise UsageError(
             f"run {run_id!r} was {alive} and may have a living driver: stop that, and wait, or give a "
             "shorter --older-than"
@@ -94,3 +98,12 @@ def find_abandoned(store: Store, run_id: str, older_than: timedelta) -> Litter:
     if not found:
         raise UsageError(f"there is no run {run_id!r} in {store.uri}")
     return Litter(run_id=run_id, reason="given up", keys=tuple(sorted(found)), bytes=sum(found.values()))
+
+
+def _has_ended(store: Store, run_id: str, objects: dict[str, tuple[int, datetime]]) -> bool:
+    """Whether its driver has said so, and none has come after it: that would have left a sign at once."""
+    status = commit.read_json(store, commit.status_key(run_id))
+    if status is None or status["status"] not in ENDED:
+        return False
+    said = store.objects(f"runs/{run_id}")[commit.status_key(run_id)][1]
+    return all(moment <= said for _, moment in objects.values())

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import ray
 from ray.autoscaler.sdk import request_resources
 
+from pipeline.endings import catch_sigterm
 from pipeline.errors import RunError
 from pipeline.plan import Pool
 
@@ -47,7 +48,7 @@ def starting_ray(metrics_port: int | None = None) -> Iterator[None]:
             if start.exception() is None:  # else whoever needed it was told
                 if metrics_port:
                     time.sleep(METRICS_SECONDS)
-                ray.shutdown()
+                _shutdown()
 
 
 def _start(metrics_port: int | None = None) -> None:
@@ -72,6 +73,7 @@ def ray_session(pools: Sequence[Pool], what: str, row_bytes: int = 0) -> Iterato
     """
     for start in _starts:
         start.result()
+        catch_sigterm()
     if ray.is_initialized():
         _check_resources(pools, what)
         _check_object_store(row_bytes, what)
@@ -84,6 +86,7 @@ def ray_session(pools: Sequence[Pool], what: str, row_bytes: int = 0) -> Iterato
     else:
         _start()
         patience = 0
+    catch_sigterm()
     try:
         _check_resources(pools, what, patience)
         _check_object_store(row_bytes, what)
@@ -91,7 +94,12 @@ def ray_session(pools: Sequence[Pool], what: str, row_bytes: int = 0) -> Iterato
     finally:
         if patience:
             request_resources(bundles=[])  # or the nodes would stay for ever
-        ray.shutdown()
+        _shutdown()
+
+
+def _shutdown() -> None:
+    ray.shutdown()
+    catch_sigterm()
 
 
 def cluster_size() -> tuple[float, float] | None:

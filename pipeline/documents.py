@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import UsageError
+from pipeline.mistakes import in_words, must_hold_fields, yaml_in_words
 from pipeline.storage import parse_uri, read_object, reason
 from pipeline.store import digest
 
@@ -26,9 +27,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-        if twice is not None:
-            raise yaml.MarkedYAMLError(problem=f"{twice!r} stands there twice", problem_mark=node.start_mark)
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                mark = node.value[number][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"{key!r} stands there twice; keep one", problem_mark=mark)
         return super().construct_mapping(node, deep)
 
 
@@ -49,9 +51,9 @@ def parse_yaml(text: str | bytes, where: str, loader: type[yaml.SafeLoader] = ya
     try:
         content = yaml.load(text, loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{where} is not YAML: {yaml_in_words(error)}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{where} must hold fields with values, not {type(content).__name__}")
+        raise UsageError(f"{where} {must_hold_fields(content)}")
     return content
 
 
@@ -60,10 +62,6 @@ def parse_document(model: type[M], content: dict[str, Any], where: str) -> M:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        # An unknown field first: it is mostly the missing one, misspelt.
-        found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-        lines = [
-            f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}".removeprefix(": ") for entry in found
-        ]
+        lines = in_words(model, error)
         more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
         raise UsageError(f"{where}: {'; '.join(lines[:2])}{more}") from error

@@ -99,6 +99,8 @@ class Driver:
         with ExitStack() as session, self._failing_by_name(began), self._heartbeat():
             self._write_status("running", began)
             forget_listing(self.store, self.run_id)
+            if warning := self.budget.warning(self.ledger.pending):
+                self.events.tell("unbounded", f"run {self.run_id}: {warning}", level=logging.WARNING)
             startup = self._stream(began, session)
             record = self._record("complete", began, startup, self._judge(labels))
             record = self.ledger.complete(record | drift(self.past, record, self.alarms))
@@ -263,7 +265,7 @@ class Driver:
                 self._put_failure(record)
             self._ended("failed", record, reason=line)
             if isinstance(error, KeyboardInterrupt):
-                raise
+                raise type(error)(f"{error or 'interrupted'}; {self._again()}") from None
             raise RunError(f"run {self.run_id!r} failed: {line}; {self._again()}") from error
 
     def _again(self) -> str:

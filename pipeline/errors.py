@@ -27,5 +27,23 @@ class RunStopped(Exception):
     exit_code: ClassVar[int] = 4
 
 
+class Ended(KeyboardInterrupt):
+    """Somebody outside ended the job, as with Ctrl-C. The code is a shell's: 128 and the number of the signal."""
+
+    exit_code: ClassVar[int]
+
+
+class Terminated(Ended):
+    """By SIGTERM, as schedulers do."""
+
+    exit_code: ClassVar[int] = 143
+
+
+class ReaderGone(Ended):
+    """Whoever read standard output has left, as ``head`` does, and needs to be told nothing."""
+
+    exit_code: ClassVar[int] = 141
+
+
 class StoreError(OSError):
     """A store did not do what it was asked, in spite of patience. The message is one line without credentials."""

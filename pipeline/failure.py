@@ -6,7 +6,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from obstore.exceptions import BaseError
 from ray.exceptions import RayTaskError
 
-from pipeline.errors import RunError, StoreError, UsageError
+from pipeline.errors import Ended, RunError, StoreError, UsageError
 from pipeline.storage import reason, redact
 
 ADVICE = "To change retry attempts"
@@ -16,7 +16,7 @@ ADVICE = "To change retry attempts"
 def one_line(error: BaseException) -> str:
     if isinstance(error, RayTaskError) and error.cause is not None:
         error = error.cause
-    if isinstance(error, (RunError, UsageError)):
+    if isinstance(error, (RunError, UsageError, Ended)):
         return str(error).splitlines()[0]  # Ray adds advice of its own
     if isinstance(error, (StoreError, BaseError, ClientError, BotoCoreError)):
         return f"storage: {reason(error)}"

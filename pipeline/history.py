@@ -86,10 +86,21 @@ class _Estimate(_Lenient):
     prevalence: _Figure
 
 
-class _Audit(_Lenient):
+class Audit(_Lenient):
+    """What reviews said of runs."""
+
     estimates: dict[str, _Estimate]
     run_ids: list[str]
     confidence: float = Share
+
+    @property
+    def estimate(self) -> _Estimate | None:
+        """Of all categories together; an audit of a single one has that of the category."""
+        return self.estimates.get(ALL) or next(iter(self.estimates.values()), None)
+
+    @property
+    def recall(self) -> Value | None:
+        return _of(self.estimate.recall) if self.estimate else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +156,7 @@ def read_history(past: PastRuns, record: Mapping[str, Any]) -> History:
         except STRANGE as error:
             skipped[f"run {run_id}"] = _why(error)
     last = sorted(comparable, key=lambda found: (_moment(found.started_at), found.run_id))[-RUNS:]
-    audits = _audits(past, [found.run_id for found in last], skipped)
+    audits = read_audits(past, [found.run_id for found in last], skipped)
     return History(nights=[_night(found, audits.get(found.run_id)) for found in last], skipped=skipped)
 
 
@@ -159,14 +170,15 @@ def _checked(run_id: str, content: Any) -> _Record:
     return found
 
 
-def _audits(past: PastRuns, run_ids: Sequence[str], skipped: dict[str, str]) -> dict[str, _Audit]:
+def read_audits(past: PastRuns, run_ids: Sequence[str], skipped: dict[str, str]) -> dict[str, Audit]:
+    """By the first of its runs. ``skipped`` is told which cannot be read, and why."""
     audits = {}
     for run_id, content in past.audits(run_ids).items():
         try:
             if isinstance(content, Exception):
                 raise content
             if content is not None:
-                audits[run_id] = _Audit.model_validate(content)
+                audits[run_id] = Audit.model_validate(content)
         except STRANGE as error:
             skipped[f"audit of {run_id}"] = _why(error)
     return audits
@@ -191,9 +203,9 @@ def _why(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _night(record: _Record, audit: _Audit | None) -> Night:
+def _night(record: _Record, audit: Audit | None) -> Night:
     judged = record.counts.flagged + record.counts.cleared
-    quality, estimate = record.quality, _whole(audit)
+    quality, estimate = record.quality, audit.estimate if audit else None
     certified = record.plan.certificate.recall.values() if record.plan.certificate else ()
     labelled = quality.positives + quality.negatives if quality else 0
     prevalence = _of(estimate.prevalence) if estimate else None
@@ -207,7 +219,7 @@ def _night(record: _Record, audit: _Audit | None) -> Night:
         flagged=Value(value=record.counts.flagged / judged) if judged else None,
         prevalence=prevalence,
         certified=Value(value=_share(min(certified))) if certified else None,
-        audited=_of(estimate.recall) if estimate else None,
+        audited=audit.recall if audit else None,
         labelled=_interval(quality.recall, quality.recall_interval) if quality and quality.recall is not None else None,
         relative_cost=None if record.relative_cost is None else Value(value=record.relative_cost),
         cost=Value(value=record.cost.total) if record.cost else None,
@@ -215,13 +227,6 @@ def _night(record: _Record, audit: _Audit | None) -> Night:
         images_per_s=Value(value=record.images_per_s),
         audited_runs=len(audit.run_ids) if audit and estimate else 0,
     )
-
-
-def _whole(audit: _Audit | None) -> _Estimate | None:
-    """Of all categories together; an audit of a single one has that of the category."""
-    if audit is None:
-        return None
-    return audit.estimates.get(ALL) or next(iter(audit.estimates.values()), None)
 
 
 def _of(figure: _Figure) -> Value | None:

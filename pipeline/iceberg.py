@@ -21,9 +21,10 @@ from pyiceberg.table import Table
 from pipeline import commit, schema
 from pipeline.compact import TARGET_BYTES, pack, read_files
 from pipeline.errors import RunError, UsageError
+from pipeline.run_rows import SCAN_DATE
 from pipeline.storage import reason
 from pipeline.store import Store
-from pipeline.tables import SCAN_DATE, with_scan_date
+from pipeline.tables import with_scan_date
 
 RUN_ID = "dorfman.run-id"
 """In the summary of a run's snapshots."""

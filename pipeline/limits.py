@@ -58,6 +58,21 @@ class Budget:
         self.began = now()
         self.images_before, self.gmac_before = before.tested, before.gmac
 
+    def warning(self, pending: Sequence[Shard]) -> str | None:
+        """What to tell a user, before the start, of a limit that cannot be kept; None where it can."""
+        given = [
+            flag
+            for flag, limit in (("--limit-cost", self.limits.gmac), ("--deadline", self.limits.deadline))
+            if limit is not None
+        ]
+        left = [shard for shard in pending if not shard.judged]
+        if not given or len(left) != 1:
+            return None
+        return (
+            f"{' and '.join(given)} cannot stop this start: it stops between shards, and there is one of "
+            f"{left[0].images:,} images to test; a smaller --shard-size, which a new run takes, makes more of them"
+        )
+
     def check(self, tally: Tally, pending: Sequence[Shard]) -> None:
         """Raises RunStopped."""
         images = tally.tested - self.images_before

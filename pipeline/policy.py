@@ -13,18 +13,27 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.documents import Strict, parse_document, read_document
 from pipeline.errors import UsageError
+from pipeline.mistakes import NUMBER, spelt
 
 REVIEW = "review"
-Action = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+Action = Annotated[
+    str,
+    spelt(r"[a-z][a-z0-9_-]{0,31}", "an action: a letter a-z, then up to 31 of a-z, 0-9, '-' and '_', as in take_down"),
+]
 """A short name of the owner's own, as ``remove``: it stands in tables and on pages."""
-Name = Annotated[str, BeforeValidator(str), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Name = Annotated[
+    str,
+    BeforeValidator(str),
+    spelt(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "a letter or digit, then up to 63 letters, digits, '.', '-' and '_'"),
+]
+Score = Annotated[float, NUMBER, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Band(Strict):
     """Scores from ``low`` up to, and without, ``high``; 1 is within a band that ends there."""
 
-    low: float = Field(alias="from", ge=0, le=1, allow_inf_nan=False)
-    high: float | None = Field(default=None, alias="to", ge=0, le=1, allow_inf_nan=False)
+    low: Score = Field(alias="from")
+    high: Score | None = Field(default=None, alias="to")
     """None: up to the next band, or to 1."""
     action: Action
 

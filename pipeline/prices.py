@@ -14,10 +14,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from pipeline.documents import Strict, read_document
+from pipeline.mistakes import NUMBER, spelt
 from pipeline.policy import Name
 from pipeline.storage import parse_uri
 
-Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Price = Annotated[float, NUMBER, Field(ge=0, allow_inf_nan=False)]
 LISTED_PER_REQUEST = 1000
 PUTS_OF_A_SHARD = 11
 """Four merged files and their copies, the marker, the manifest and the status: a copy is charged as a PUT."""
@@ -29,7 +30,7 @@ class PriceTable(Strict):
     """In one currency, as all prices what its user pays."""
 
     name: Name
-    currency: str = Field(pattern=r"^[A-Z]{3}$")
+    currency: Annotated[str, spelt("[A-Z]{3}", "three capital letters, as in EUR")]
     cpu_hour: Price
     """Of one CPU as Ray counts them, on whichever node; 0 where nodes with GPUs are paid by the GPU."""
     gpu_hour: Price = 0.0

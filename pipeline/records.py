@@ -15,8 +15,9 @@ from pipeline.store import Store
 READERS = 16
 """Threads: from a distant store years of nights one after the other would take minutes."""
 Content = Any
-"""Of a record all but its files, of which a large run has thousands; None where it is gone; and of one that is broken
-the exception, for whoever wants it to judge. Anybody may have written it: it can be whatever JSON can be."""
+"""Of a record all but its files, of which a large run has thousands, unless they are wanted; None where it is gone; and
+of one that is broken the exception, for whoever wants it to judge. Anybody may have written it: it can be whatever JSON
+can be."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class PastRuns:
     """As they are when they are first asked for. Ask anew what may have changed since."""
 
     store: Store
+    with_files: bool = field(default=False, kw_only=True)
+    """Keep a record's files too, for whoever reads the tables."""
     kept: dict[str, Content] = field(default_factory=dict)
 
     @cached_property
@@ -60,7 +63,7 @@ class PastRuns:
 
     def _read(self, run_id: str) -> Content:
         content = self._json(commit.record_key(run_id))
-        if isinstance(content, dict):
+        if isinstance(content, dict) and not self.with_files:
             content.pop("files", None)
         return content
 

@@ -20,6 +20,8 @@ from pipeline.store import Store
 POLL_SECONDS = 5.0
 ALIVE = ("listing", "running")
 GOING = (*ALIVE, "stale")
+STATES = (*GOING, "complete", "suspect", "failed", "stopped")
+"""stale: its driver has given no sign of life for minutes, while it listed or judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,7 @@ class Run:
 
     run_id: str
     state: str
-    """listing (its source), running, stale (its driver has given no sign of life for minutes), complete, suspect,
-    failed or stopped."""
+    """One of STATES."""
     started_at: str
     listed: int
     decided: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -48,7 +49,18 @@ class Store:
 
     @property
     def _client(self) -> S3Store | LocalStore:
-        return _open(self.uri, self.endpoint_url, self.kms_key)
+        """To read by. Raises FileNotFoundError for a folder that is not there: only writing makes one."""
+        return _open(self.uri, self.endpoint_url, self.kms_key, make=False)
+
+    @property
+    def _writer(self) -> S3Store | LocalStore:
+        return _open(self.uri, self.endpoint_url, self.kms_key, make=True)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a folder to look into; of a bucket its server says so, at the first request."""
+        location = parse_uri(self.uri)
+        return location.bucket is not None or Path(location.key).is_dir()
 
     def _patiently(self, request: Callable[[], T]) -> T:
         # A bucket whose policy is being changed denies for a while what it took before: that is waited for too.
@@ -82,7 +94,7 @@ class Store:
 
     def write(self, key: str, body: bytes) -> str:
         """Writes or replaces, whole or not at all; returns the object's uri."""
-        self._patiently(lambda: obstore.put(self._client, key, body))
+        self._patiently(lambda: obstore.put(self._writer, key, body))
         return self.uri_of(key)
 
     def create(self, key: str, body: bytes) -> bool:
@@ -93,10 +105,10 @@ class Store:
         if not self.conditional:
             if self.exists(key):
                 return False
-            obstore.put(self._client, key, body)
+            obstore.put(self._writer, key, body)
             return True
         try:
-            obstore.put(self._client, key, body, mode="create")
+            obstore.put(self._writer, key, body, mode="create")
         except (AlreadyExistsError, PreconditionError) as error:
             if not self.exists(key):
                 # S3's "conflict": another PUT of this key was under way, and has not come to an end.
@@ -189,10 +201,12 @@ class Store:
             chunks = obstore.list(self._client, prefix)
             return {meta["path"]: (meta["size"], meta["last_modified"]) for chunk in chunks for meta in chunk}
 
-        return self._patiently(collect)
+        return self._patiently(collect) if self.is_there else {}
 
     def folders(self, prefix: str) -> list[str]:
-        """Names of the folders directly below a folder."""
+        """Names of the folders directly below a folder; "" is the store's own."""
+        if not self.is_there:
+            return []
         listed = self._patiently(lambda: obstore.list_with_delimiter(self._client, prefix))
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in listed["common_prefixes"])
 
@@ -208,11 +222,13 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-@lru_cache(maxsize=8)
-def _open(uri: str, endpoint_url: str | None, kms_key: str | None) -> S3Store | LocalStore:
+@lru_cache(maxsize=16)
+def _open(uri: str, endpoint_url: str | None, kms_key: str | None, *, make: bool) -> S3Store | LocalStore:
     location = parse_uri(uri)
     if location.bucket is None:
-        return LocalStore(location.key, mkdir=True, automatic_cleanup=True)
+        if not (make or Path(location.key).is_dir()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location.key)
+        return LocalStore(location.key, mkdir=make, automatic_cleanup=True)
     encryption: dict[str, Any] = {}
     if kms_key:
         encryption = {"server_side_encryption": "aws:kms", "sse_kms_key_id": kms_key}

@@ -25,40 +25,11 @@ from pyarrow import fs
 from pipeline import commit, schema
 from pipeline.decisions import DECISIONS, DISPUTED, ROWS, STANDING, review_files
 from pipeline.errors import UsageError
-from pipeline.inventory import scope
+from pipeline.records import PastRuns
+from pipeline.run_rows import SCAN_DATE, runs_table
 from pipeline.storage import parse_uri, reason, region
 from pipeline.store import Store
 from pipeline.window import CANARY_REASONS, UNCHANGED
-
-SCAN_DATE = pa.field("scan_date", pa.date32())
-"""Of every table: the name of its folder, and no column of its files."""
-
-RUNS = pa.schema(
-    [
-        ("run_id", pa.string()),
-        ("parent_run_id", pa.string()),  # the run whose errors were scanned again: null for a run over a whole source
-        ("source", pa.string()),  # as it was given
-        ("scope", pa.string()),  # what the source has in common with that of other nights: of a report all but its date
-        ("since", pa.string()),  # what an incremental run went on from: null for a run that looked at everything
-        SCAN_DATE,
-        ("started_at", schema.TIMESTAMP),
-        ("completed_at", schema.TIMESTAMP),
-        ("nth", pa.int64()),  # place among the complete runs of the output by start, from 0
-        ("newest", pa.bool_()),  # whether it is its scope's newest run over the whole source
-        ("plan", pa.string()),
-        ("plan_version", pa.string()),
-        ("schema_version", pa.int32()),
-        ("listed", pa.int64()),
-        ("cleared", pa.int64()),
-        ("flagged", pa.int64()),
-        ("error", pa.int64()),
-        ("skipped", pa.int64()),
-        ("relative_cost", pa.float64()),  # of testing every image alone
-        ("seconds", pa.float64()),  # of the driver that finished it
-        ("suspect", pa.bool_()),  # whether drift gates found what nobody has accepted: null where there were no gates
-        ("gates_found", pa.list_(pa.string())),  # of the gates, accepted or not, in words
-    ]
-)
 
 _CANARIES = ", ".join(f"'{name}'" for name in CANARY_REASONS.values())
 
@@ -149,7 +120,7 @@ _VIEWS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """``runs``: rows of RUNS. ``datasets``: by name. ``gone``: files that records name and nobody can read."""
+    """``runs``: of ``run_rows.RUNS``. ``datasets``: by name. ``gone``: files that records name and nobody can read."""
 
     runs: pa.Table
     datasets: dict[str, ds.Dataset]
@@ -161,12 +132,13 @@ def open_tables(store: Store) -> Tables:
 
     What a life-cycle rule has removed of them is ``gone``, and its rows are not there.
     """
-    records = list(_read_records(store))
+    past = PastRuns(store, with_files=True)
+    records = list(_read_records(past))
     if not records:
         raise UsageError(
             f"there is no complete run in {store.name}; a run is complete when runs/<run_id>.json is there"
         )
-    runs = _runs_table([record for record, _ in records], set(store.sizes("runs")))
+    runs = runs_table([record for record, _ in records], past)
     filesystem, root = _filesystem(store)
     names = [*schema.TABLES, "newest_ledger"]
     fragments: dict[str, list[ds.Fragment]] = {name: [] for name in names}
@@ -201,14 +173,14 @@ def with_scan_date(table: str) -> pa.Schema:
     return schema.TABLES[table.removeprefix("newest_")].append(SCAN_DATE)
 
 
-def _read_records(store: Store) -> Iterator[tuple[dict[str, Any], set[str]]]:
+def _read_records(past: PastRuns) -> Iterator[tuple[dict[str, Any], set[str]]]:
     """Records by start of the run, each with those of its files that are gone."""
-    records = [commit.read_json(store, commit.record_key(run)) for run in commit.complete_runs(store)]
+    records = list(past.whole(commit.recorded(past.found)))
     # Listed after the records were read: what they named and is not there was removed, or replaced.
-    there = {key for table in schema.TABLES for key in store.sizes(table)}
-    for record in sorted(filter(None, records), key=_start):
+    there = {key for table in schema.TABLES for key in past.store.sizes(table)}
+    for record in sorted(records, key=_start):
         missing = {file["path"] for file in record["files"]} - there
-        yield _look_again(store, record) if missing else (record, missing)
+        yield _look_again(past.store, record) if missing else (record, missing)
 
 
 def _look_again(store: Store, record: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
@@ -223,41 +195,6 @@ def _look_again(store: Store, record: dict[str, Any]) -> tuple[dict[str, Any], s
 
 def _start(record: dict[str, Any]) -> tuple[datetime, str]:
     return datetime.fromisoformat(record["started_at"]), record["run_id"]
-
-
-def _runs_table(records: list[dict[str, Any]], there: set[str]) -> pa.Table:
-    """``records`` in the order of their start. ``there``: keys below ``runs``."""
-    newest = {scope(record["source"]): record["run_id"] for record in records if record["parent_run_id"] is None}
-    rows = [
-        {
-            **{name: record[name] for name in ("run_id", "parent_run_id", "source", "plan_version")},
-            # Records of version 1 say nothing of these.
-            "since": record.get("since"),
-            "schema_version": record.get("schema_version", 1),
-            "scan_date": date.fromisoformat(record["scan_date"]),
-            "started_at": datetime.fromisoformat(record["started_at"]),
-            "completed_at": datetime.fromisoformat(record["updated_at"]),
-            "nth": nth,
-            "scope": scope(record["source"]),
-            "newest": newest.get(scope(record["source"])) == record["run_id"],
-            "plan": record["plan"]["name"],
-            **{name: record["counts"][name] for name in ("listed", "cleared", "flagged", "error", "skipped")},
-            **{name: record[name] for name in ("relative_cost", "seconds")},
-            **_found_by_gates(record, there),
-        }
-        for nth, record in enumerate(records)
-    ]
-    return pa.Table.from_pylist(rows, RUNS)
-
-
-def _found_by_gates(record: dict[str, Any], there: set[str]) -> dict[str, Any]:
-    """Nothing is known of a run of a version without gates, nor of one whose gates were switched off."""
-    compared = (record.get("gates") or {}).get("verdicts")
-    found = record.get("suspect")
-    if found is None or not (compared or found):
-        return {"suspect": None, "gates_found": None}
-    accepted = commit.accepted_key(record["run_id"]) in there
-    return {"suspect": bool(found) and not accepted, "gates_found": [finding["words"] for finding in found]}
 
 
 def _current(runs: pa.Table) -> set[str]:

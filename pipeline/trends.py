@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from pipeline.history import History, Night, Value
 
 # The size of a chart's plot, in the units that the template draws in.
 WIDTH, HEIGHT = 400.0, 90.0
+CHARACTER = 6.0
+"""Width of one in a label, at most, in the same units."""
 LEAST_STEP = 16
 """Places between the ends of a chart: a few runs are not drawn as if they were a long time."""
 
@@ -42,7 +45,8 @@ def charts(history: History) -> list[dict[str, Any]]:
         _chart(f"Cost in {currency}", "number", {"cleared": cost}),
         _chart("Images per second", "number", {"cleared": [night.images_per_s for night in nights]}),
     ]
-    return [chart | {"changes": _changes(nights), "ends": _ends(nights)} for chart in shown if chart is not None]
+    common = {"changes": _changes(nights), "moments": _moments(nights), "ends": _ends(nights)}
+    return [chart | common for chart in shown if chart is not None]
 
 
 def _x(number: int, nights: int) -> float:
@@ -51,8 +55,28 @@ def _x(number: int, nights: int) -> float:
     return WIDTH - step * (nights - 1 - number)
 
 
-def _ends(nights: Sequence[Night]) -> list[tuple[str, float]]:
-    return [(nights[0].scan_date, _x(0, len(nights))), (nights[-1].scan_date, WIDTH)]
+def _moments(nights: Sequence[Night]) -> list[str]:
+    """What each run is called below the axis: its day, and its time (UTC) too where the day has had several."""
+    runs = Counter(night.scan_date for night in nights)
+    return [
+        night.scan_date if runs[night.scan_date] == 1 else f"{night.scan_date} {night.started_at:%H:%M}"
+        for night in nights
+    ]
+
+
+def _ends(nights: Sequence[Night]) -> list[dict[str, Any]]:
+    """Labels of the first and the last run. Where they stand too close for two, one says both."""
+    moments, first = _moments(nights), _x(0, len(nights))
+    ends = [
+        {"label": moments[0], "x": first, "anchor": "start"},
+        {"label": moments[-1], "x": WIDTH, "anchor": "end"},
+    ]
+    if WIDTH - first >= CHARACTER * (len(moments[0]) + len(moments[-1]) + 2):
+        return ends
+    last = moments[-1]
+    if nights[0].scan_date == nights[-1].scan_date:
+        last = last.removeprefix(f"{nights[-1].scan_date} ")
+    return [ends[-1] | {"label": f"{moments[0]} to {last}"}]
 
 
 def _changes(nights: Sequence[Night]) -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ def test_rates_and_certificate_leave_the_version_alone_and_are_checked():
     assert plan.version == parse_plan(content(), "b").version
     for changes, words in (
         ({"audit": {"rate": 0.1, "near_rate": 0.01}}, r"near_rate is 0\.01, below rate 0\.1"),
-        ({"audit": {"rate": 0}}, "greater than 0"),
+        ({"audit": {"rate": 0}}, r"audit\.rate is 0, but more than 0 is wanted"),
         ({"certificate": {"recall": {"b": 0.9}, "confidence": 0.9}}, r"bounds for \['b'\]"),
         ({"certificate": {"recall": {"a": 95}, "confidence": 0.9}}, "not all in 0..1"),
     ):

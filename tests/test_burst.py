@@ -297,14 +297,14 @@ GOOD = {"first_groups": 4, "positive": 2, "group_size": 4}
     ("burst", "changes", "words"),
     [
         (GOOD | {"positive": 5}, {}, "positive is 5, but only 4 first groups are looked at; give 1 to 4"),
-        (GOOD | {"positive": 0}, {}, "greater than or equal to 1"),
-        (GOOD | {"first_groups": 0}, {}, "greater than or equal to 1"),
+        (GOOD | {"positive": 0}, {}, "burst.positive is 0, but at least 1 is wanted$"),
+        (GOOD | {"first_groups": 0}, {}, "burst.first_groups is 0, but at least 1 is wanted$"),
         (GOOD | {"group_size": 16}, {}, r"group_size is 16, but the rounds behind the first are of \[4, 1\]"),
         (GOOD | {"group_size": 2}, {}, r"group_size is 2, but the rounds behind the first are of \[4, 1\]"),
         (GOOD, {"rounds": [4], "thresholds": {"a": [0.5]}}, r"the rounds behind the first are of \[\]"),
         (GOOD, {"rounds": [4], "thresholds": {"a": [0.5]}, "groupings": 2}, "needs rounds to fall back to, and 2"),
         (GOOD | {"first_groups": 16}, {}, "first_groups is 16, but a window has no more than 16 groups"),
-        (GOOD | {"surprise": 1}, {}, "surprise: Extra inputs are not permitted"),
+        (GOOD | {"surprise": 1}, {}, "surprise is no field; known there: "),
     ],
 )
 def test_a_rule_that_cannot_work_is_refused(burst, changes, words):

@@ -95,9 +95,23 @@ def test_a_run_can_be_given_up_by_name_and_a_complete_one_cannot(left_behind):
     age(left_behind.store)
     assert run("clean", "--output", output, "--abandon", "r", "--delete").returncode == 0
     assert set(left_behind.store.sizes("")) == others
-    expect(run("clean", "--output", output, "--abandon", "r"), 2, "there is no run 'r'")
     left_behind.store.write("runs/r3.json", b"{}")
+    expect(run("clean", "--output", output, "--abandon", "r"), 2, "there is no run 'r'")
     expect(run("clean", "--output", output, "--abandon", "r3"), 2, "run 'r3' is complete: its tables stay")
+
+
+@pytest.mark.parametrize("state", ["stopped", "failed"])
+def test_a_run_that_says_it_has_ended_is_given_up_at_once_unless_somebody_goes_on_with_it(left_behind, state):
+    store = left_behind.store
+    left_behind.ledger()
+    commit.write_json(store, commit.status_key("r"), {"status": "running"})
+    with pytest.raises(UsageError, match="may have a living driver"):
+        find_abandoned(store, "r", DAY)
+    commit.write_json(store, commit.status_key("r"), {"status": state})
+    assert "_state/r/run.json" in find_abandoned(store, "r", DAY).keys
+    left_behind.ledger()
+    with pytest.raises(UsageError, match="may have a living driver"):
+        find_abandoned(store, "r", DAY)
 
 
 CANARY = {"AWS_ACCESS_KEY_ID": "AKIACANARYCANARY1234", "AWS_SECRET_ACCESS_KEY": "canary/secret+value0123456789"}

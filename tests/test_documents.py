@@ -20,9 +20,10 @@ from ray.scripts.scripts import cli as ray_cli
 
 from pipeline import commit
 from pipeline.codes import CODES
-from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
+from pipeline.errors import ReaderGone, RunError, RunStopped, RunSuspect, Terminated, UsageError
 from pipeline.plan import BankSpec, load_plan
 from pipeline.policy import read_policy
+from pipeline.runs import STATES
 from pipeline.storage import s3_client
 from pipeline.store import Store
 from pipeline.tables import open_tables, sql_session
@@ -361,6 +362,11 @@ def test_the_runbook_has_every_exit_code_and_job():
     assert told == set(JOBS)
 
 
+def test_the_runbook_has_every_state_of_a_run():
+    first_look = RUNBOOK.split("## First look\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", first_look, re.MULTILINE) == list(STATES)
+
+
 def test_the_runbook_has_every_class_that_ends_a_job():
     """A new way to end is a class of its own in pipeline/errors.py."""
     named = set(
@@ -368,7 +374,10 @@ def test_the_runbook_has_every_class_that_ends_a_job():
             r"^class (\w+)\(.*\):(?:\n.*?){1,4}?exit_code", (ROOT / "pipeline/errors.py").read_text(), re.MULTILINE
         )
     )
-    assert named == {"UsageError", "RunError", "RunSuspect", "RunStopped"}
+    ended = {"Ended", "Terminated", "ReaderGone"}
+    assert named == {"UsageError", "RunError", "RunSuspect", "RunStopped"} | ended
+    codes = set(re.findall(r"^\| (1\d\d) \|", RUNBOOK.split("## Exit codes\n")[1].split("\n### ")[0], re.MULTILINE))
+    assert codes == {str(kind.exit_code) for kind in (Terminated, ReaderGone)} | {"137"}
 
 
 def test_the_runbook_has_every_alert():

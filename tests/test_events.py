@@ -15,6 +15,7 @@ from jobs import scan, status
 from pipeline import events
 from pipeline.errors import RunError, UsageError
 from pipeline.events import Events, configure
+from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand
 
@@ -36,7 +37,7 @@ def night(tmp_path: Path):
 
     def run(run_id: str, verdict: str = "cleared", **options: object) -> dict:
         decide = lambda name: verdict if name < "10" else "cleared"  # noqa: E731
-        return scan_by_hand(source, str(tmp_path / "out"), plan, run_id, decide, shard_size=16, **options)
+        return scan_by_hand(source, str(tmp_path / "out"), plan, run_id, decide, **({"shard_size": 16} | options))
 
     return run
 
@@ -53,6 +54,21 @@ def test_lines_are_what_they_were(night, capsys):
         "shard 1 committed (2 of 3)",
         "shard 2 committed (3 of 3)",
     ]
+
+
+def test_a_deadline_that_cannot_be_kept_is_told_when_the_scan_begins(night, capsys):
+    night("r", shard_size=64, deadline="2999-01-01")
+    warned, begun = capsys.readouterr().out.splitlines()
+    assert warned.startswith(
+        "run r: --deadline cannot stop this start: it stops between shards, and there is one of 40"
+    )
+    assert begun == "run r: scanning 40 images"
+    configure("json")
+    night("s", shard_size=64, limit_cost=1e9)
+    told = [entry for entry in objects(capsys.readouterr().out) if entry["level"] == "warning"]
+    assert [entry["event"] for entry in told] == ["unbounded"]
+    night("t", deadline="2999-01-01")
+    assert "cannot stop" not in capsys.readouterr().out
 
 
 def test_the_same_events_are_objects(night, capsys):
@@ -86,6 +102,7 @@ def test_a_failure_is_an_error_with_its_reason(night, capsys):
 
 
 def test_a_job_that_ends_with_an_error_says_so_in_the_format_that_was_asked_for(tmp_path, monkeypatch):
+    Store(str(tmp_path)).write("runs/begun/status.json", b"{}")
     wrong = ("--output", str(tmp_path), "--run-id", "none")
     assert run_here(status, *wrong).stderr.startswith("jobs.status: there is no run 'none'")
     monkeypatch.setenv(events.VARIABLE, "json")

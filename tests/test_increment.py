@@ -557,6 +557,22 @@ def test_a_run_stops_before_the_shard_that_would_pass_a_limit():
         Limits.of(-1, None)
 
 
+def test_a_limit_that_no_shard_border_can_keep_is_told_before_the_start():
+    now, late = lambda: datetime(2026, 11, 24, 22, 0, tzinfo=UTC), "06:00"
+    one, more = [shard(1_000), shard(900, judged=True)], [shard(1_000), shard(1_000)]
+
+    def warning(gmac: float | None, deadline: str | None, pending: list[Shard]) -> str | None:
+        return Budget(Limits.of(gmac, deadline, now), Tally(), now).warning(pending)
+
+    assert warning(None, late, one) == (
+        "--deadline cannot stop this start: it stops between shards, and there is one of 1,000 images to test; a "
+        "smaller --shard-size, which a new run takes, makes more of them"
+    )
+    said = warning(9.0, late, one)
+    assert said is not None and said.startswith("--limit-cost and --deadline cannot")
+    assert [warning(9.0, late, more), warning(None, None, one), warning(9.0, late, one[1:])] == [None] * 3
+
+
 def spent(images: int, gmac: float) -> Tally:
     tally = Tally()
     tally.add_outcomes({"cleared": images, "skipped": 7})

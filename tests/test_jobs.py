@@ -108,7 +108,7 @@ def test_plan_with_a_missing_model(pictures, tmp_path):
     [
         ("rounds:\n  - 16\n  - 4", "rounds:\n  - 16\n  - 5", ("a round of 5 cannot follow one of 16",)),
         ("images: 32", "images: 33", ("window.images is 33", "not a multiple")),
-        ("input_size:", "inputsize:", ("inputsize", "not permitted")),
+        ("input_size:", "inputsize:", ("inputsize is no field", "input_size")),
         ("name:", "name: [", ("is not YAML",)),
     ],
 )

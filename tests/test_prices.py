@@ -41,17 +41,31 @@ def test_a_table_is_read_with_the_digest_of_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"currency": "euros"}, "currency: .*pattern"),
-        ({"cpu_hour": -0.1}, "cpu_hour: .*greater than or equal to 0"),
-        ({"million_gets": float("inf")}, "million_gets: .*finite"),
-        ({"gpu": 1}, "gpu: Extra inputs"),
-        ({"million_puts": None}, "million_puts: .*valid number"),
+        ({"currency": "euros"}, "currency: 'euros' is not three capital letters, as in EUR"),
+        ({"cpu_hour": -0.1}, "cpu_hour is -0.1, but at least 0 is wanted"),
+        ({"million_gets": float("inf")}, "million_gets is inf, but a finite number is wanted"),
+        ({"gpu": 1}, "gpu is no field; known there: name, currency, cpu_hour, gpu_hour, million_gets"),
+        ({"million_puts": None}, "million_puts is nothing, but a number is wanted, written as 0.5"),
+        ({"cpu_hour": "0,04"}, "cpu_hour is '0,04', but a number is wanted, written as 0.5"),
+        ({"cpu_hour": True}, "cpu_hour: yes is a switch, but a number is wanted"),
+        ({"cpu_hour": {"EUR": 1}}, "cpu_hour is a mapping, but a number is wanted"),
+        ({"name": "my prices"}, "name: 'my prices' is not a letter or digit, then up to 63"),
+        ({"currency": None}, "currency is nothing, but text is wanted"),
+        ({"currency": "x" * 100}, "currency: 'x{59}... is not three"),
     ],
 )
 def test_a_table_that_is_wrong_is_refused_in_one_line(tmp_path, changes, words):
     with pytest.raises(UsageError, match=words) as caught:
         read_prices(write(tmp_path, TABLE | changes), None)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("prices ")
+
+
+def test_a_table_without_a_currency_or_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="currency is missing; give it"):
+        read_prices(write(tmp_path, {name: value for name, value in TABLE.items() if name != "currency"}), None)
+    (tmp_path / "prices.yaml").write_text("")
+    with pytest.raises(UsageError, match=r"prices\.yaml is empty, but it must hold fields"):
+        read_prices(str(tmp_path / "prices.yaml"), None)
 
 
 def test_the_example_is_a_price_table_and_says_that_it_is_no_offer():

@@ -223,6 +223,7 @@ def test_who_runs_the_job_reads_that_pictures_cannot_be_fetched(tmp_path):
 
 def test_wrong_usage_is_one_line(tmp_path, server, store):
     output = str(tmp_path / "out")
+    Store(output).write("runs/begun/status.json", b"{}")
     expect(run_here(job, "--output", output, "--reviewer", "ann"), 2, "there is no complete run in")
     here = ("--output", store.name, "--reviewer")
     for options, words in (

@@ -152,6 +152,7 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path):
 
 
 def test_wrong_usage_is_named(tmp_path):
+    written(Store(str(tmp_path)), "r", "complete")
     for arguments, words in (
         (("--follow",), "--follow wants to know which run"),
         (("--limit", "0"), "limit is 0"),

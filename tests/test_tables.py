@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
 
 import pytest
 
@@ -12,9 +13,12 @@ from jobs import query
 from pipeline import commit
 from pipeline.compact import compact
 from pipeline.errors import UsageError
+from pipeline.records import READERS
+from pipeline.run_rows import RUNS
+from pipeline.schema import ALL
 from pipeline.storage import s3_client
 from pipeline.store import Store
-from pipeline.tables import RUNS, open_tables, sql_session, with_scan_date
+from pipeline.tables import open_tables, sql_session, with_scan_date
 from tests.conftest import QUICK, small_plan
 from tests.outputs import judged, run_here, scan_by_hand, unchanged, write_night
 from tests.test_jobs import expect
@@ -223,6 +227,47 @@ def test_runs_say_whether_they_are_suspect_and_why_until_somebody_accepts_them(s
     assert ask(store, asked) == [*calm, ("odd", False, words)]
 
 
+def test_runs_say_what_they_cost_by_which_policy_and_what_an_audit_found(store):
+    """As records of older versions do not, and as an audit does not that nobody can read."""
+    figures, figure = ("recall", "prevalence"), {"value": 0.9, "interval": [0.8, 0.95]}
+    nobody = {"value": None, "interval": [0.0, 1.0]}
+    paid = {"cost": {"total": 1.5, "currency": "EUR"}, "policy": {"name": "house-rules", "version": "12"}}
+    for night, (run_id, record, audit) in enumerate(
+        [
+            ("old", {}, None),
+            ("free", {"cost": None, "policy": None}, {ALL: dict.fromkeys(figures, nobody)}),
+            ("paid", paid, {"gore": dict.fromkeys(figures, nobody), ALL: dict.fromkeys(figures, figure)}),
+            ("odd", {}, {ALL: "of another program"}),
+        ]
+    ):
+        write_night(store, run_id, night, [judged("a", "cleared")], **record)
+        if audit:
+            content = {"run_ids": [run_id, "later"], "confidence": 0.95, "estimates": audit}
+            commit.write_json(store, commit.audit_key(run_id), content)
+    asked = "run_id, cost, currency, policy, policy_version, audited_recall, audited_recall_low, audited_recall_high"
+    assert ask(store, f"SELECT {asked}, audited_runs FROM runs ORDER BY nth") == [
+        ("old", *[None] * 8),
+        ("free", *[None] * 8),
+        ("paid", 1.5, "EUR", "house-rules", "12", 0.9, 0.8, 0.95, 2),
+        ("odd", *[None] * 8),
+    ]
+
+
+def test_records_are_read_side_by_side(store, monkeypatch):
+    """Each of ``READERS`` reads waits until all of them have begun: one after the other would never end."""
+    for number in range(READERS):
+        write_night(store, f"n{number:02d}", number, [judged("a", "cleared")])
+    together, read = threading.Barrier(READERS, timeout=60), Store.read
+
+    def wait(self: Store, key: str, *args: str) -> bytes:
+        together.wait()
+        return read(self, key, *args)
+
+    monkeypatch.setattr(Store, "read", wait)
+    tables = open_tables(store)
+    assert tables.runs["run_id"].to_pylist() == [f"n{number:02d}" for number in range(READERS)] and not tables.gone
+
+
 def test_files_of_other_days_and_runs_are_not_opened(store):
     for night, run in enumerate(("mon", "tue", "wed")):
         write_night(store, run, night, [judged("a", "cleared")])
@@ -294,6 +339,20 @@ def test_a_query_is_answered_for_people_and_programs(store):
     several = "CREATE TEMP TABLE found AS FROM flagged; SELECT count(*) AS n, max(scan_date) AS at FROM found;"
     lines = run_here(query, *asking, "--format", "json", stdin=several).stdout.splitlines()
     assert [json.loads(line) for line in lines if "at" in line] == [{"n": 2, "at": "2026-01-01"}]
+
+
+def test_a_spreadsheet_runs_no_cell_of_a_query(store):
+    """Numbers stay numbers, and a table of uris is a source again."""
+    names = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\tx", "plain"]
+    write_night(store, "mon", 0, [judged(name, "cleared") for name in names])
+    asking = ["--output", store.name, "--format"]
+    bare = "SELECT source_uri AS uri, substr(source_uri, 8) AS name, -1.5 AS n, DATE '2026-01-01' AS d FROM ledger"
+    rows = list(csv.DictReader(io.StringIO(run_here(query, bare, *asking, "csv").stdout, newline="")))
+    assert sorted(row["name"] for row in rows) == sorted(["plain", *(f"'{name}" for name in names[:-1])])
+    assert {(row["n"], row["d"]) for row in rows} == {("-1.5", "2026-01-01")}
+    assert {row["uri"] for row in rows} == {f"s3://b/{name}" for name in names}
+    answered = [json.loads(line)["name"] for line in run_here(query, bare, *asking, "json").stdout.splitlines()]
+    assert sorted(answered) == sorted(names)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from pipeline import schema
 from pipeline.decisions import write_decision
 from pipeline.review_log import rows_of
 from pipeline.review_queue import read_queue
+from pipeline.run_rows import RUNS
 from pipeline.store import Store
-from pipeline.tables import RUNS, open_tables, sql_session, with_scan_date
+from pipeline.tables import open_tables, sql_session, with_scan_date
 from tests.conftest import QUICK, small_plan
 from tests.outputs import VERSION_1, judged, run_here, scan_by_hand, unchanged, write_night
 

@@ -178,7 +178,31 @@ def test_points_stand_where_their_values_are(store):
     assert (first["x"], first["y"]) == (0, HEIGHT) and (last["x"], last["y"]) == (WIDTH, 0)
     assert (middle["x"], middle["y"]) == (WIDTH / 2, HEIGHT / 2)
     assert len(series["lines"]) == 1 and series["lines"][0].count(",") == 21
-    assert chart["ends"] == [("2026-03-01", 0), ("2026-03-21", WIDTH)]
+    assert [(end["label"], end["x"], end["anchor"]) for end in chart["ends"]] == [
+        ("2026-03-01", 0, "start"), ("2026-03-21", WIDTH, "end")
+    ]  # fmt: skip
+
+
+def at(number: int, moment: str) -> dict[str, Any]:
+    return record(number, scan_date=moment[:10], started_at=f"{moment}:00+00:00")
+
+
+@pytest.mark.parametrize(
+    ("moments", "labels"),
+    [
+        (["2026-03-01T02:00", "2026-03-02T02:00"], ["2026-03-01 to 2026-03-02"]),
+        (["2026-03-01T02:00", "2026-03-01T14:30"], ["2026-03-01 02:00 to 14:30"]),
+        (["2026-03-01T02:00", "2026-03-02T02:00", "2026-03-02T14:30"], ["2026-03-01 to 2026-03-02 14:30"]),
+        (
+            [f"2026-03-01T{hour:02d}:00" for hour in range(12)],
+            ["2026-03-01 00:00", "2026-03-01 11:00"],
+        ),
+    ],
+)
+def test_days_with_several_runs_are_told_apart_by_the_time(store, moments, labels):
+    chart = drawn(store, *(at(number, moment) for number, moment in enumerate(moments)))["Images per second"]
+    assert [end["label"] for end in chart["ends"]] == labels
+    assert len(set(chart["moments"])) == len(moments)
 
 
 def test_a_line_does_not_pass_over_a_night_without_the_figure(store):
@@ -267,3 +291,22 @@ def test_the_report_draws_them_and_escapes_what_records_say(store):
 def test_the_first_run_over_a_source_has_no_trend(store):
     page = page_of(store, record(0))
     assert "This is the first complete run over this source" in page.text and "<polyline" not in page.source
+
+
+def test_labels_below_a_chart_touch_neither_each_other_nor_its_border(store, chromium):
+    """As a browser sets them, from two runs a day to as many as are drawn."""
+    for runs, span in ((2, 24), (2, 12), (9, 24), (10, 12), (30, 12), (30, 24)):
+        first = datetime(2026, 3, 1, 2, tzinfo=UTC)
+        shown = [at(n, (first + timedelta(hours=span * n)).isoformat()[:16]) for n in range(runs)]
+        page = chromium.new_page()
+        page.set_content(page_of(store, write(store, *shown)).source)
+        boxes = page.eval_on_selector_all(
+            'svg[aria-label$="run by run"]',
+            """charts => charts.map(chart => [chart, ...chart.querySelectorAll("text:not([x='-6'])")].map(
+                part => { const box = part.getBoundingClientRect(); return [box.left, box.right] }))""",
+        )
+        page.close()
+        assert len(boxes) == 3
+        for (left, right), *labels in boxes:
+            ends = [edge for label in labels for edge in label]
+            assert 1 <= len(labels) <= 2 and [left, *ends, right] == sorted([left, *ends, right]), (runs, span)

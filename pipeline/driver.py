@@ -38,12 +38,13 @@ from pipeline.quality import judge_run
 from pipeline.records import PastRuns
 from pipeline.storage import redact
 from pipeline.store import Store
+from pipeline.takeover import standing
 from pipeline.tally import relative_cost, stage_rows
 
 RECORD_FIELDS = (
     "run_id", "parent_run_id", "source", "exclude", "salt", "scan_date", "listed_at", "started_at", "plan",
-    "plan_version", "weights_sha256", "canaries_sha256", "listed", "duplicates", "since", "increment", "banks_sha256",
-    "schema_version", "policy",
+    "plan_version", "weights_sha256", "canaries_sha256", "listed", "duplicates", "since", "increment", "since_notes",
+    "banks_sha256", "schema_version", "policy",
 )  # fmt: skip
 
 LEVELS = {
@@ -244,6 +245,7 @@ class Driver:
         self.exporter.stands(record)
         self.exporter.ended(status)
         told = {name: record[name] for name in ("counts", "errors", "relative_cost", "seconds", "images_per_s")}
+        told["standing"] = standing(record)
         suspect = [finding["words"] for finding in record.get("suspect", [])]
         self.events.tell(status, level=LEVELS[status], **told, **({"suspect": suspect} if suspect else {}), **why)
 

@@ -15,6 +15,7 @@ from pipeline.events import Events, told_as_json
 from pipeline.manifest import Shard
 from pipeline.plan import Plan
 from pipeline.prices import cost_rows
+from pipeline.takeover import ANEW, flagged_before, standing
 from pipeline.tally import Tally, stage_rows
 from pipeline.window import KNOWN_CONTENT
 
@@ -115,7 +116,7 @@ def closing_table(record: dict[str, Any]) -> Table:
     table.add_column()
     table.add_column(justify="right")
     for name, images in record["counts"].items():
-        table.add_row(name, f"{images:,}")
+        table.add_row("flagged tonight" if name == "flagged" and record.get("increment") else name, f"{images:,}")
     for code, images in sorted(record["errors"].items()):
         table.add_row(f"  {code}", f"{images:,}")
     for label, value in _taken_rows(record):
@@ -165,10 +166,16 @@ def _taken_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What was not tested because it had been judged before, or because a hash said enough."""
     increment = record.get("increment")  # older records have none of this
     if increment:
-        yield (
-            f"since {increment['run_id']}",
-            ", ".join(f"{increment[name]:,} {name}" for name in ("unchanged", "new", "changed", "unjudged", "deleted")),
-        )
+        if (flagged := flagged_before(record)) is not None:
+            yield "flagged before and unchanged", f"{flagged:,}"
+            yield "flagged, standing in the source", f"{standing(record):,}"
+        yield f"since {increment['run_id']}, unchanged", f"{increment['unchanged']:,}"
+        yield "  tested", ", ".join(f"{increment[name]:,} {why}" for name, why in ANEW.items())
+        yield "  gone", f"{increment['deleted']:,}"
+        if increment["judged_otherwise"]:
+            yield "  judged by another plan, net or bank", f"{increment['judged_otherwise']:,}"
+        if increment.get("under_other_policy"):
+            yield "  flagged, with the action of another policy", f"{increment['under_other_policy']:,}"
     known = record.get("skips", {}).get(KNOWN_CONTENT, 0)
     if known:
         yield "known content, cleared before", f"{known:,}"

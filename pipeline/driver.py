@@ -212,7 +212,7 @@ class Driver:
             "quality": quality,
             "files": sorted(self.ledger.files, key=lambda file: file["path"]),
         }
-        record["resources"] = self._resources(seconds)
+        record["resources"] = self._resources(seconds, record["startup_seconds"])
         record["cost"] = cost_of(record, self.prices) if self.prices else None
         return record
 
@@ -225,12 +225,18 @@ class Driver:
             "written": sum(file["bytes"] for file in self.ledger.files),
         }
 
-    def _resources(self, seconds: float) -> dict[str, Any]:
+    def _resources(self, seconds: float, startup_seconds: float) -> dict[str, Any]:
         """Of this driver, as its seconds are."""
         done: dict[str, Any] = {name: count - self.before[name] for name, count in self._done().items()}
         source, output = self.frozen["source"], self.store.uri
         return resources(
-            self.meter, source=source, output=output, listed=self.frozen["listed"], seconds=seconds, **done
+            self.meter,
+            source=source,
+            output=output,
+            listed=self.frozen["listed"],
+            seconds=seconds,
+            startup_seconds=startup_seconds,
+            **done,
         )
 
     def _heartbeat(self) -> Heartbeat:

@@ -19,7 +19,7 @@ from pipeline import review_log
 from pipeline.decisions import ANSWERS, KINDS, LABELS, WITHDRAWN
 from pipeline.errors import UsageError
 from pipeline.leases import Leases, now
-from pipeline.review_log import Decision, ReviewLog
+from pipeline.review_log import ReviewLog
 from pipeline.review_picture import Pictures, Shown
 from pipeline.review_queue import Item, Queue, find_appealed
 from pipeline.store import Store
@@ -326,7 +326,3 @@ class Desk:
         with self.lock:
             self.leases.release([item.image_id for item in self.held.values()])
             self.held.clear()
-
-    def decisions_made(self) -> list[Decision]:
-        with self.lock:
-            return [self.log.of_image[made.item.image_id][made.decision_id] for made in self.made]

@@ -17,7 +17,7 @@ import numpy as np
 from models.intervals import Weighted, weighted_count_interval, weighted_share_interval
 from pipeline.estimate import NOT_REVIEWED, Figure, Reviewed
 from pipeline.reviews import Evidence
-from pipeline.thresholds import short, steps
+from pipeline.threshold_steps import short, steps
 
 
 def at_thresholds(evidence: Evidence, confidence: float) -> dict[str, list[dict[str, Any]]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -145,6 +145,9 @@ class GroupSampler:
         return members_GM
 
 
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
 class Trainer:
     """One net in training, and the running average of its weights, which is what is kept.
 
@@ -239,9 +242,9 @@ class Trainer:
         self.steps_done += 1
         return value
 
-    def _take_into_average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], _: Tensor) -> None:
+    def _take_into_average(self, averaged: _Tensors, current: _Tensors, taken: Tensor | int) -> None:
         decay = warm_decay(self.config.ema_decay, self.steps_done)
-        torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(averaged, current, _)
+        torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(averaged, current, taken)
 
     def _search_every(self) -> int:
         return max(1, self.config.steps // (self.config.hard_searches + 1))

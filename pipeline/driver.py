@@ -188,6 +188,7 @@ class Driver:
         """The run record: what is committed at this moment."""
         tally = self.ledger.tally
         seconds = time.perf_counter() - began
+        startup = seconds if startup is None else startup
         record = {key: self.frozen.get(key) for key in RECORD_FIELDS} | {
             "status": status,
             "updated_at": datetime.now(UTC).isoformat(),
@@ -205,14 +206,14 @@ class Driver:
             "relative_cost": relative_cost(tally, self.plan, self.models.individual_gmac),
             # Of this driver: an earlier one's time, and what it committed, are not counted again.
             "seconds": seconds,
-            "startup_seconds": seconds if startup is None else startup,
+            "startup_seconds": startup,
             "commit_seconds": self.ledger.commit_seconds,
             "images_per_s": (tally.listed - self.committed_before) / seconds,
             "committed_before": self.committed_before,
             "quality": quality,
             "files": sorted(self.ledger.files, key=lambda file: file["path"]),
         }
-        record["resources"] = self._resources(seconds, record["startup_seconds"])
+        record["resources"] = self._resources(seconds, startup)
         record["cost"] = cost_of(record, self.prices) if self.prices else None
         return record
 

@@ -116,7 +116,8 @@ def closing_table(record: dict[str, Any]) -> Table:
     table.add_column()
     table.add_column(justify="right")
     for name, images in record["counts"].items():
-        table.add_row("flagged tonight" if name == "flagged" and record.get("increment") else name, f"{images:,}")
+        for label, value in _flagged_rows(record) if name == "flagged" else [(name, images)]:
+            table.add_row(label, f"{value:,}")
     for code, images in sorted(record["errors"].items()):
         table.add_row(f"  {code}", f"{images:,}")
     for label, value in _taken_rows(record):
@@ -162,13 +163,19 @@ def _time_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{operator}, time at work", f"{taken:,.1f} s, {taken / total:.0%}"
 
 
+def _flagged_rows(record: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """What an incremental run flagged is not all that stands."""
+    tonight, before, all_of_it = record["counts"]["flagged"], flagged_before(record), standing(record)
+    yield "flagged tonight" if record.get("increment") else "flagged", tonight
+    if record.get("increment") and before is not None and all_of_it is not None:
+        yield "  flagged before and unchanged", before
+        yield "  flagged, standing in the source", all_of_it
+
+
 def _taken_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What was not tested because it had been judged before, or because a hash said enough."""
     increment = record.get("increment")  # older records have none of this
     if increment:
-        if (flagged := flagged_before(record)) is not None:
-            yield "flagged before and unchanged", f"{flagged:,}"
-            yield "flagged, standing in the source", f"{standing(record):,}"
         yield f"since {increment['run_id']}, unchanged", f"{increment['unchanged']:,}"
         yield "  tested", ", ".join(f"{increment[name]:,} {why}" for name, why in ANEW.items())
         yield "  gone", f"{increment['deleted']:,}"

@@ -6,9 +6,15 @@ import atexit
 import os
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
-ended: list[int] = []
-"""With which code, when a job has come to its end."""
+_codes: list[int] = []
+
+
+def end(code: int) -> NoReturn:
+    """Of a job, by the code that its process ends with."""
+    _codes.append(code)
+    sys.exit(code)
 
 
 @atexit.register
@@ -19,8 +25,8 @@ def _leave() -> None:
     Arrow's threads let go of what they have read after ``read_table`` has returned, and want the interpreter for that.
     One that is late finds it half gone, and the process aborts, or hangs, instead of ending with its code.
     """
-    if ended and sys.modules["__main__"].__package__ == __name__:
+    if _codes and sys.modules["__main__"].__package__ == __name__:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
-        os._exit(ended[-1])
+        os._exit(_codes[-1])

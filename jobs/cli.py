@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
 from rich.console import Console
 
-from jobs import ended
+from jobs import end
 from pipeline.documents import parse_yaml
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
 from pipeline.events import Events, told_as_json
@@ -42,7 +42,7 @@ def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn
         _end(getattr(error, "exit_code", UsageError.exit_code), f"{job}: {error}")
     except KeyboardInterrupt:
         _end(1, f"{job}: interrupted")
-    _exit(0)
+    end(0)
 
 
 def _end(code: int, message: str) -> NoReturn:
@@ -50,12 +50,7 @@ def _end(code: int, message: str) -> NoReturn:
         Events().tell("ended", message, level=logging.ERROR, exit_code=code)
     else:
         errors.print(message, style="red", markup=False)
-    _exit(code)
-
-
-def _exit(code: int) -> NoReturn:
-    ended.append(code)
-    sys.exit(code)
+    end(code)
 
 
 def parse(job: str, config_type: type, arguments: list[str]) -> Any:

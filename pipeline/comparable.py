@@ -27,7 +27,7 @@ class _Record(BaseModel):
 
     model_config = ConfigDict(strict=True)
     run_id: str
-    parent_run_id: str | None
+    parent_run_id: str | None = None  # the first version knew no retries
     source: str
     started_at: str
     plan_version: str
@@ -65,7 +65,7 @@ def find_earlier(store: Store, since: str, source: str, decides: Mapping[str, An
     records = [
         content
         for _, content in contents
-        if _is_record(content) and content["parent_run_id"] is None and scope(content["source"]) == scope(source)
+        if _is_record(content) and content.get("parent_run_id") is None and scope(content["source"]) == scope(source)
     ]
     passed: list[str] = []
     for candidate in sorted(records, key=lambda record: record["started_at"], reverse=True):
@@ -88,7 +88,7 @@ def _named(store: Store, run_id: str) -> dict[str, Any]:
         )
     if record is None:
         raise UsageError(f"--since {run_id}: no complete run of that name in {store.uri}; give another, or 'last'")
-    if record["parent_run_id"]:
+    if record.get("parent_run_id"):
         raise UsageError(
             f"--since {run_id}: that run took up the errors of {record['parent_run_id']} and lists nothing else; "
             "name a run over the whole source"
@@ -155,7 +155,7 @@ def _sha256(policy: Mapping[str, Any] | None) -> str | None:
     return policy["sha256"] if policy else None
 
 
-def standing(store: Store, run_ids: Iterable[str]) -> set[str]:
+def those_that_stand(store: Store, run_ids: Iterable[str]) -> set[str]:
     """Those of the runs whose record is there with all of its ledgers and findings."""
     records = {run_id: read_record(store, run_id) for run_id in run_ids}
     return {run_id for run_id, record in records.items() if record is not None and stands(store, record)}

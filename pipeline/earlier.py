@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import commit
-from pipeline.comparable import standing
+from pipeline.comparable import those_that_stand
 from pipeline.errors import UsageError
 from pipeline.schema import EARLIER, LEDGER
 from pipeline.store import Store
@@ -66,7 +66,7 @@ def _forget_lost(store: Store, folder: Path) -> list[str]:
     named: set[str] = set()
     for path in files:
         named.update(pq.read_table(path, columns=["judged_run_id"])["judged_run_id"].unique().drop_null().to_pylist())
-    lost_runs = sorted(named - standing(store, named))
+    lost_runs = sorted(named - those_that_stand(store, named))
     if not lost_runs:
         return []
     lost = pa.array(lost_runs, pa.string())

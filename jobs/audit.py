@@ -22,7 +22,8 @@ from pipeline.store import Store
 class JobConfig:
     """Estimates recall, false omission rate and prevalence of complete runs from reviews of what they flagged and drew.
 
-    Exit codes: 0 no alarm, 1 recall, or the share of canaries found, is below its bound, 2 wrong usage or reviews.
+    Exit codes: 0 no alarm, or too few labels to tell, 1 recall, or the share of canaries found, is below its bound, 2
+    wrong usage or reviews.
     """
 
     output: str

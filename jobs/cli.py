@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
 from rich.console import Console
 
+from jobs import end
 from pipeline.documents import parse_yaml
 from pipeline.endings import ended_by_name
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
@@ -43,7 +44,7 @@ def run_job(job: str, config_type: type, run: Callable[[Any], None]) -> NoReturn
         _end(getattr(error, "exit_code", UsageError.exit_code), f"{job}: {error}")
     except KeyboardInterrupt as error:
         _end(getattr(error, "exit_code", RunError.exit_code), f"{job}: {error or 'interrupted'}")
-    sys.exit(0)
+    end(0)
 
 
 def _end(code: int, message: str) -> NoReturn:
@@ -51,7 +52,7 @@ def _end(code: int, message: str) -> NoReturn:
         Events().tell("ended", message, level=logging.ERROR, exit_code=code)
     else:
         errors.print(message, style="red", markup=False)
-    sys.exit(code)
+    end(code)
 
 
 def parse(job: str, config_type: type, arguments: list[str]) -> Any:

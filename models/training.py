@@ -54,7 +54,8 @@ class TrainingConfig:
     """Peak of a one-cycle schedule."""
     weight_decay: float = 0.02
     ema_decay: float = 0.998
-    """The net that is kept is the running average of the trained one."""
+    """The net that is kept is the running average of the trained one. This is what it keeps of itself in a step, at
+    most: early on it keeps less (``warm_decay``), so that a short training is not an average of its beginnings."""
     hard_share: float = 0.0
     """Share of the negatives drawn from those the net finds hardest."""
     hard_searches: int = 4
@@ -144,6 +145,9 @@ class GroupSampler:
         return members_GM
 
 
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
 class Trainer:
     """One net in training, and the running average of its weights, which is what is kept.
 
@@ -189,9 +193,7 @@ class Trainer:
         for segment in config.frozen:
             for parameter in net.trunk.segment_parameters(segment):
                 parameter.requires_grad_(False)
-        self._average = torch.optim.swa_utils.AveragedModel(
-            net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
-        )
+        self._average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=self._take_into_average, use_buffers=True)
         self._set_mode()
         self.parallel_net = parallel(net)
         self.optimizer = torch.optim.AdamW(_parameter_groups(net, config.weight_decay), lr=config.learning_rate)
@@ -239,6 +241,10 @@ class Trainer:
         self.running_loss += 0.02 * (value - self.running_loss) if self.steps_done else value
         self.steps_done += 1
         return value
+
+    def _take_into_average(self, averaged: _Tensors, current: _Tensors, taken: Tensor | int) -> None:
+        decay = warm_decay(self.config.ema_decay, self.steps_done)
+        torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(averaged, current, taken)
 
     def _search_every(self) -> int:
         return max(1, self.config.steps // (self.config.hard_searches + 1))
@@ -288,6 +294,12 @@ class Trainer:
         self.sampler.hard = state["hard"].cpu().numpy()
         self.steps_done = state["steps_done"]
         self.running_loss = state["running_loss"]
+
+
+def warm_decay(decay: float, steps: int) -> float:
+    """Of a running average after so many steps: it spans the last tenth of them or so, until it spans what ``decay``
+    says. The rule is that of TensorFlow's ExponentialMovingAverage with ``num_updates``."""
+    return min(decay, (1 + steps) / (10 + steps))
 
 
 def _parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:

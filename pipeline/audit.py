@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,8 +18,9 @@ from pipeline.estimate import (
     Reviewed,
     estimate,
     fallen_recall,
+    lacking_canaries,
+    lacking_reviews,
     recall_at_most,
-    share_to_review,
 )
 from pipeline.review_thresholds import at_thresholds
 from pipeline.reviews import Evidence
@@ -36,10 +36,20 @@ class Check:
     name: str
     bound: float
     at_most: float
+    labels: int
+    """Cleared images that were reviewed, or canaries tested."""
+    lacking: int | None
+    """How many more of them a fall to twice the misses that the bound allows takes to be seen: 0 when it would have
+    been; None when no number would do."""
 
     @property
     def broken(self) -> bool:
         return self.at_most < self.bound
+
+    @property
+    def verdict(self) -> str:
+        """No alarm is said where one would have been raised by a fall, and nowhere else."""
+        return "alarm" if self.broken else "no alarm" if self.lacking == 0 else "cannot be told"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +102,7 @@ def audit(evidence: Evidence, recall_bound: float | None, confidence: float) -> 
         estimates=estimates,
         canaries=canaries,
         checks=tuple(checks),
-        notes=(*_unsure_notes(evidence), *_notes(samples, estimates, checks, confidence)),
+        notes=(*_unsure_notes(evidence), *_notes(estimates, checks)),
         thresholds=at_thresholds(evidence, confidence),
     )
 
@@ -118,17 +128,21 @@ def _checks(
     count = len(samples) + bool(bounds and tested)
     each = 1 - (1 - confidence) / max(1, count)
     checks = [
-        Check(name=name, bound=bounds[name], at_most=recall_at_most(sample, each)) for name, sample in samples.items()
-    ]
+        Check(
+            name=name, bound=bounds[name], at_most=recall_at_most(sample, each), labels=sample.audited_reviewed,
+            lacking=lacking_reviews(sample, bounds[name], each),
+        )
+        for name, sample in samples.items()
+    ]  # fmt: skip
     if bounds and tested:
         at_most = interval(canaries["found"], tested, 2 * each - 1)[1]
-        checks.append(Check(name=CANARIES, bound=min(bounds.values()), at_most=at_most))
+        bound = min(bounds.values())
+        lacking = lacking_canaries(tested, bound, each)
+        checks.append(Check(name=CANARIES, bound=bound, at_most=at_most, labels=tested, lacking=lacking))
     return checks
 
 
-def _notes(
-    samples: dict[str, Reviewed], estimates: dict[str, Estimate], checks: list[Check], confidence: float
-) -> list[str]:
+def _notes(estimates: dict[str, Estimate], checks: list[Check]) -> list[str]:
     notes = []
     for name, found in estimates.items():
         if found.flagged_reviewed < found.flagged:
@@ -141,11 +155,7 @@ def _notes(
             "no recall was certified, so there is nothing to raise an alarm about: give --recall-bound, or a "
             "plan with a certificate"
         )
-    each = 1 - (1 - confidence) / max(1, len(checks))
-    for check in checks:
-        if check.name != CANARIES and not check.broken:
-            notes += _power_note(check, samples[check.name], estimates[check.name], each)
-    return notes
+    return notes + [_power_note(check) for check in checks if check.verdict == "cannot be told"]
 
 
 def _unsure_notes(evidence: Evidence) -> Iterator[str]:
@@ -168,40 +178,37 @@ def _unsure_notes(evidence: Evidence) -> Iterator[str]:
         )
 
 
-def _power_note(check: Check, sample: Reviewed, found: Estimate, confidence: float) -> list[str]:
-    """How many reviews it takes, when a fall of recall would mostly go unseen."""
-    violating = found.found.interval[1] + (found.missed.value or 0)
-    share = share_to_review(violating, check.bound, confidence)
-    fall = f"{check.name}: a fall of recall to {fallen_recall(check.bound):.4g}"
-    if share is None:
-        return [
-            f"{fall} could not be seen with a power of {POWER:g} however many of these images were reviewed: too few "
-            "are violating; audit several runs together (--run-id A --run-id B)"
-        ]
-    evenly = 1 / max(sample.weights().values())
-    if share <= evenly:
-        return []
-    return [
-        f"{fall} would be seen with a power of {POWER:g} when {math.ceil(share * found.cleared):,} cleared images "
-        f"drawn evenly were reviewed, a share of {share:.2g}; of most images this sample holds {evenly:.2g}: raise the "
-        "plan's audit rate, or audit several runs together"
-    ]
+def _power_note(check: Check) -> str:
+    """What it takes to tell, where this does not."""
+    canaries = check.name == CANARIES
+    what, labels = ("the share found", "canaries") if canaries else ("recall", "reviewed cleared images")
+    told = f"{check.name}: whether {what} is below {check.bound:g} cannot be told from {check.labels:,} {labels}"
+    fall = f"a fall to {fallen_recall(check.bound):.4g}"
+    together = "audit several runs together (--run-id A B)"
+    if check.lacking is None:
+        why = "the bound leaves no room for a fall" if canaries else f"too few images are violating for {fall}"
+        return f"{told}, nor from more: {why} to be seen with a power of {POWER:g}; {together}"
+    more = f"{check.lacking:,} more" + ("" if canaries else ", drawn evenly")
+    remedy = "add canaries" if canaries else "raise the plan's audit rate"
+    return f"{told}: {fall} would be seen with a power of {POWER:g} with {more}; {remedy}, or {together}"
 
 
 def audit_table(result: AuditResult) -> Table:
     """For people."""
     title = f"audit of {', '.join(result.run_ids)}, intervals at {100 * result.confidence:g} %"
     table = Table(title=title, title_justify="left")
-    for column in ("", "estimate", "interval", "reviewed"):
+    for column in ("", "estimated", "interval", "reviewed"):
         table.add_column(column, justify="left" if not column else "right")
     for name, found in result.estimates.items():
         flagged = f"{found.flagged_reviewed:,} of {found.flagged:,} flagged"
         drawn = f"{found.audited_reviewed:,} of {found.audited:,} drawn"
         table.add_row(name, "", "", "")
-        table.add_row("  recall", *_shares(found.recall), "")
-        table.add_row("  false omission rate", *_shares(found.false_omission_rate), "")
+        table.add_row("  recall", *_shares(found.recall), f"{found.violating_reviewed:,} violating")
+        table.add_row("  false omission rate", *_shares(found.false_omission_rate), drawn)
         table.add_row("  prevalence", *_shares(found.prevalence), "")
-        table.add_row("  violating, flagged", *_counts(found.found), flagged)
+        table.add_row(
+            "  violating, flagged", *_counts(found.found), f"{flagged}, {found.flagged_violating:,} violating"
+        )
         table.add_row("  violating, missed", *_counts(found.missed), f"{drawn}, {found.misses_seen:,} violating")
         for stage, missed in found.missed_by_stage.items():
             table.add_row(f"    cleared by {stage}", *_counts(missed), "")
@@ -213,24 +220,32 @@ def audit_table(result: AuditResult) -> Table:
         failed = f"{result.canaries['failed']:,} failed"
         table.add_row("canaries found", counts, f"{found_of[0]:.4f} to {found_of[1]:.4f}", failed)
     for check in result.checks:
-        verdict = "alarm" if check.broken else "no alarm"
-        table.add_row(f"bound of {check.name}: {check.bound:g}", verdict, f"at most {check.at_most:.4f}", "")
+        more = f", {check.lacking:,} more wanted" if check.lacking else ""
+        labels = f"{check.labels:,} labels{more}"
+        table.add_row(f"bound of {check.name}: {check.bound:g}", check.verdict, f"at most {check.at_most:.4f}", labels)
     return table
 
 
 def thresholds_table(result: AuditResult) -> Table:
     """For people: the present thresholds and others, by category."""
     table = Table(title="what other thresholds in the last round would change", title_justify="left")
-    for column in ("threshold", "flagged", "recall", "interval", "false positives", "interval"):
+    columns = "threshold", "flagged", "recall, estimated", "interval", "false positives, estimated", "interval"
+    for column in columns:
         table.add_column(column, justify="left" if column == "threshold" else "right")
     for category, rows in result.thresholds.items():
         table.add_row(category, *[""] * 5)
         for row in rows:
             recall, false = Figure(**row["recall"]), Figure(**row["false_positives"])
             name = f"  {row['threshold']:.10g} ({row['change']})"
-            table.add_row(name, f"{row['flagged']:,.0f}", *_shares(recall), *_counts(false))
+            table.add_row(name, _flagged(row), *_shares(recall), *_counts(false))
         table.add_section()
     return table
+
+
+def _flagged(row: dict[str, Any]) -> str:
+    if row["flagged"] is None:
+        return "unknown"
+    return f"{row['flagged']:,.0f} {'counted' if row['counted'] else 'estimated'}"
 
 
 def _shares(figure: Figure) -> tuple[str, str]:
@@ -239,5 +254,8 @@ def _shares(figure: Figure) -> tuple[str, str]:
 
 
 def _counts(figure: Figure) -> tuple[str, str]:
+    """What was counted has no interval."""
     low, high = figure.interval
+    if figure.value is not None and low == high:
+        return f"{figure.value:,.0f} counted", ""
     return "unknown" if figure.value is None else f"{figure.value:,.1f}", f"{low:,.1f} to {high:,.1f}"

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline import commit
-from pipeline.earlier import compares
+from pipeline.comparable import compares
 from pipeline.errors import UsageError
 from pipeline.gates import MOST_RUNS, judge, rates
 from pipeline.inventory import scope

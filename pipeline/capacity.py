@@ -164,10 +164,6 @@ class Night:
     node_dollars: float
     request_dollars: float
 
-    @property
-    def dollars(self) -> float:
-        return self.node_dollars + self.request_dollars
-
 
 def plan_night(config: CapacityConfig, images: int) -> Night:
     seconds = config.hours * 3600

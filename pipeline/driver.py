@@ -38,12 +38,13 @@ from pipeline.quality import judge_run
 from pipeline.records import PastRuns
 from pipeline.storage import redact
 from pipeline.store import Store
+from pipeline.takeover import standing
 from pipeline.tally import relative_cost, stage_rows
 
 RECORD_FIELDS = (
     "run_id", "parent_run_id", "source", "exclude", "salt", "scan_date", "listed_at", "started_at", "plan",
-    "plan_version", "weights_sha256", "canaries_sha256", "listed", "duplicates", "since", "increment", "banks_sha256",
-    "schema_version", "policy",
+    "plan_version", "weights_sha256", "canaries_sha256", "listed", "duplicates", "since", "increment", "since_notes",
+    "banks_sha256", "schema_version", "policy",
 )  # fmt: skip
 
 LEVELS = {
@@ -189,6 +190,7 @@ class Driver:
         """The run record: what is committed at this moment."""
         tally = self.ledger.tally
         seconds = time.perf_counter() - began
+        startup = seconds if startup is None else startup
         record = {key: self.frozen.get(key) for key in RECORD_FIELDS} | {
             "status": status,
             "updated_at": datetime.now(UTC).isoformat(),
@@ -206,14 +208,14 @@ class Driver:
             "relative_cost": relative_cost(tally, self.plan, self.models.individual_gmac),
             # Of this driver: an earlier one's time, and what it committed, are not counted again.
             "seconds": seconds,
-            "startup_seconds": seconds if startup is None else startup,
+            "startup_seconds": startup,
             "commit_seconds": self.ledger.commit_seconds,
             "images_per_s": (tally.listed - self.committed_before) / seconds,
             "committed_before": self.committed_before,
             "quality": quality,
             "files": sorted(self.ledger.files, key=lambda file: file["path"]),
         }
-        record["resources"] = self._resources(seconds)
+        record["resources"] = self._resources(seconds, startup)
         record["cost"] = cost_of(record, self.prices) if self.prices else None
         return record
 
@@ -226,12 +228,18 @@ class Driver:
             "written": sum(file["bytes"] for file in self.ledger.files),
         }
 
-    def _resources(self, seconds: float) -> dict[str, Any]:
+    def _resources(self, seconds: float, startup_seconds: float) -> dict[str, Any]:
         """Of this driver, as its seconds are."""
         done: dict[str, Any] = {name: count - self.before[name] for name, count in self._done().items()}
         source, output = self.frozen["source"], self.store.uri
         return resources(
-            self.meter, source=source, output=output, listed=self.frozen["listed"], seconds=seconds, **done
+            self.meter,
+            source=source,
+            output=output,
+            listed=self.frozen["listed"],
+            seconds=seconds,
+            startup_seconds=startup_seconds,
+            **done,
         )
 
     def _heartbeat(self) -> Heartbeat:
@@ -246,6 +254,7 @@ class Driver:
         self.exporter.stands(record)
         self.exporter.ended(status)
         told = {name: record[name] for name in ("counts", "errors", "relative_cost", "seconds", "images_per_s")}
+        told["standing"] = standing(record)
         suspect = [finding["words"] for finding in record.get("suspect", [])]
         self.events.tell(status, level=LEVELS[status], **told, **({"suspect": suspect} if suspect else {}), **why)
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import chi2
+from scipy.stats import binom, chi2
 
 from models.intervals import Weighted, interval, weighted_count_interval, weighted_share_interval
 from pipeline.errors import UsageError
@@ -17,6 +17,7 @@ from pipeline.errors import UsageError
 NOT_REVIEWED = -1
 POWER = 0.8
 """Share of the cases in which a fall of recall is to be seen."""
+MOST_CANARIES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,15 @@ class Reviewed:
         return int((self.flagged_F == 1).sum())
 
     @property
+    def audited_reviewed(self) -> int:
+        return int((self.audited_A != NOT_REVIEWED).sum())
+
+    @property
+    def misses_known(self) -> bool:
+        """Whether somebody has looked at anything that was cleared, or nothing was."""
+        return not self.cleared or self.audited_reviewed > 0
+
+    @property
     def missed_A(self) -> np.ndarray:
         """Which rows are misses."""
         return self.audited_A == 1
@@ -85,20 +95,28 @@ class Estimate:
 
     flagged: int
     flagged_reviewed: int
+    flagged_violating: int
+    """Of those."""
     cleared: int
     audited: int
     audited_reviewed: int
     misses_seen: int
+    """Violating ones among those."""
     found: Figure
     """Violating images among the flagged: exact when all were reviewed."""
     missed: Figure
-    """Violating images among the cleared."""
+    """Violating images among the cleared. No value where none of them was reviewed: then nobody knows."""
     recall: Figure
     false_omission_rate: Figure
     """Missed among the cleared."""
     prevalence: Figure
     """Violating images among those flagged or cleared."""
     missed_by_stage: dict[str, Figure]
+
+    @property
+    def violating_reviewed(self) -> int:
+        """What recall rests on."""
+        return self.flagged_violating + self.misses_seen
 
 
 def estimate(reviewed: Reviewed, confidence: float) -> Estimate:
@@ -113,15 +131,16 @@ def estimate(reviewed: Reviewed, confidence: float) -> Estimate:
     return Estimate(
         flagged=len(reviewed.flagged_F),
         flagged_reviewed=reviewed.flagged_reviewed,
+        flagged_violating=reviewed.flagged_violating,
         cleared=reviewed.cleared,
         audited=len(reviewed.audited_A),
-        audited_reviewed=int((reviewed.audited_A != NOT_REVIEWED).sum()),
+        audited_reviewed=reviewed.audited_reviewed,
         misses_seen=int(reviewed.missed_A.sum()),
         found=_found(reviewed, confidence),
-        missed=_count(missed, reviewed.cleared, confidence),
-        recall=_recall(found, missed, confidence),
-        false_omission_rate=_share(_count(missed, reviewed.cleared, confidence), reviewed.cleared),
-        prevalence=_share(_count(violating, judged, confidence), judged),
+        missed=_known(reviewed, _count(missed, reviewed.cleared, confidence)),
+        recall=_known(reviewed, _recall(found, missed, confidence)),
+        false_omission_rate=_known(reviewed, _share(_count(missed, reviewed.cleared, confidence), reviewed.cleared)),
+        prevalence=_known(reviewed, _share(_count(violating, judged, confidence), judged)),
         missed_by_stage={
             stage: _count(_of_stage(missed, missed_stage_M == stage), reviewed.cleared, confidence) for stage in stages
         },
@@ -163,6 +182,11 @@ def _found(reviewed: Reviewed, confidence: float) -> Figure:
 
 def _of_stage(missed: Weighted, which_M: np.ndarray) -> Weighted:
     return Weighted(weights=missed.weights[which_M], largest=missed.largest)
+
+
+def _known(reviewed: Reviewed, figure: Figure) -> Figure:
+    """A figure that rests on what was missed: without a value where nobody knows that."""
+    return figure if reviewed.misses_known else Figure(value=None, interval=figure.interval)
 
 
 def _count(events: Weighted, most: int, confidence: float) -> Figure:
@@ -207,3 +231,27 @@ def share_to_review(violating: float, bound: float, confidence: float) -> float 
         if chi2.ppf(1 - confidence, 2 * seen) / 2 > allowed * expected / missed:
             return float(expected / missed)
     return None
+
+
+def lacking_reviews(reviewed: Reviewed, bound: float, confidence: float) -> int | None:
+    """How many more cleared images, drawn evenly, to review before a fallen recall would raise the alarm with
+    ``POWER``: 0 when these would do; None when no number would, because too few images are violating."""
+    found = estimate(reviewed, confidence)
+    share = share_to_review(found.found.interval[1] + (found.missed.value or 0), bound, confidence)
+    if share is None:
+        return None
+    evenly = 1 / max(reviewed.weights().values()) if reviewed.audited_reviewed else 0.0
+    return max(0, math.ceil((share - evenly) * reviewed.cleared))
+
+
+def lacking_canaries(tested: int, bound: float, confidence: float) -> int | None:
+    """How many more canaries to test before a share found that has fallen as recall would raise the alarm with
+    ``POWER``: 0 when these would do; None when MOST_CANARIES would not.
+
+    As many as k found raise it when Clopper and Pearson's upper limit is below the bound, which is when so few would be
+    found with a probability under ``1 - confidence`` if the share were at the bound.
+    """
+    canaries = np.arange(max(1, tested), MOST_CANARIES)
+    most_found = binom.ppf(1 - confidence, canaries, bound) - 1
+    seen = binom.cdf(most_found, canaries, fallen_recall(bound)) >= POWER
+    return int(canaries[seen.argmax()]) - tested if seen.any() else None

@@ -6,7 +6,7 @@ none of the three, so no plan is certified by these numbers; they say where to l
 
 Formulas: Dorfman, The detection of defective members of large populations (1943) for two stages; Kim, Hudgens,
 Dreyfuss, Westreich and Pilcher, Comparison of group testing algorithms for case identification in the presence
-of test error (Biometrics, 2007) for more stages and square arrays; Black, Bilder and Tebbs, Optimal retesting
+of test error (Biometrics, 2007) for more stages; Black, Bilder and Tebbs, Optimal retesting
 configurations for hierarchical group testing (JRSS C, 2015) for groups of different sizes and prevalences.
 The R package binGroup2 computes the same; ``tests/test_planner.py`` compares with its published outputs.
 """
@@ -52,23 +52,10 @@ class Expected:
     """Share of the violating images that end positive."""
     specificity: float
     """Share of the others that end negative."""
-    prevalence: float
-    """Mean over the images."""
 
     @property
     def tests_per_image(self) -> float:
         return self.tests / self.images
-
-    @property
-    def positive_predictive_value(self) -> float:
-        """Share of the positive images that are violating."""
-        found = self.prevalence * self.sensitivity
-        return found / (found + (1 - self.prevalence) * (1 - self.specificity))
-
-    @property
-    def negative_predictive_value(self) -> float:
-        kept = (1 - self.prevalence) * self.specificity
-        return kept / (kept + self.prevalence * (1 - self.sensitivity))
 
 
 Levels = Sequence[Sequence[int]]
@@ -128,7 +115,6 @@ def hierarchical(levels: Levels, prevalence: float | Sequence[float], accuracies
         tests=tests,
         sensitivity=float(positive / p_N.sum()),
         specificity=float(negative / (1 - p_N).sum()),
-        prevalence=float(p_N.mean()),
     )
 
 
@@ -173,64 +159,3 @@ def _all_positive(none: Sequence[float], accuracies: Sequence[Accuracy]) -> floa
         * prod(test.false_positive_rate for test in accuracies[depth : len(none)])
         for depth in range(len(none) + 1)
     )
-
-
-def square_array(
-    side: int, prevalence: float, line: Accuracy, cell: Accuracy, master: Accuracy | None = None
-) -> Expected:
-    """Rows and columns of a square of images as groups; where two positive ones cross, the image is tested alone.
-
-    So is every image of a positive row when no column is positive, and the other way round, because then a test
-    has erred (Kim et al., 2007). ``master``: a test of all ``side**2`` images comes before.
-    """
-    n, q = side, 1 - prevalence
-    every = n * n
-    tests = 2 * n + every * _cell_tested(n, q, line, seen=1.0)
-    # An image that is violating makes its row and its column so; the other columns do not know of it.
-    silent = ((1 - line.sensitivity) * (1 - q**n) + line.specificity * q**n) ** (n - 1)
-    found = line.sensitivity**2 + 2 * line.sensitivity * (1 - line.sensitivity) * silent
-    wrongly = _cell_tested(n, q, line, seen=q)
-    if master is not None:
-        quiet = q**every
-        # Of a square without a violating image: what its lines do, which the master test would have prevented.
-        idle = line.false_positive_rate**2 + 2 * line.false_positive_rate * line.specificity**n
-        tests = 1 + _blend(master, tests, quiet, 2 * n + every * idle)
-        wrongly = _blend(master, wrongly, quiet / q, idle)
-        found *= master.sensitivity
-    return Expected(
-        images=every,
-        tests=tests,
-        sensitivity=found * cell.sensitivity,
-        specificity=1 - wrongly * cell.false_positive_rate,
-        prevalence=prevalence,
-    )
-
-
-def _blend(master: Accuracy, always: float, quiet: float, idle: float) -> float:
-    """An expectation behind a master test. ``idle``: given that nothing is violating, which has chance ``quiet``."""
-    return master.sensitivity * (always - quiet * idle) + master.false_positive_rate * quiet * idle
-
-
-def _cell_tested(n: int, q: float, line: Accuracy, seen: float) -> float:
-    """Chance that an image is tested alone; ``seen`` is ``q``, given that it is not violating, else 1."""
-    hit, false = line.sensitivity, line.false_positive_rate
-    row, both = q**n / seen, q ** (2 * n - 1) / seen
-    crossed = hit**2 * (1 - 2 * row + both) + 2 * hit * false * (row - both) + false**2 * both
-    # No column positive: over all squares, and over those whose row holds nothing.
-    column = (1 - hit) * (1 - q**n) + line.specificity * q**n
-    silent = ((1 - hit) * (1 - row) + line.specificity * row) * column ** (n - 1)
-    rest = (1 - hit) * (1 - q ** (n - 1)) + line.specificity * q ** (n - 1)
-    silent_empty = row * rest**n
-    return crossed + 2 * (hit * (silent - silent_empty) + false * silent_empty)
-
-
-def best_dorfman_size(
-    prevalence: float, group: Accuracy = PERFECT, single: Accuracy = PERFECT, largest: int = 100
-) -> int:
-    """The group size, at most ``largest``, with the fewest tests per image in two stages; 1 when groups do not pay."""
-    if not 0 < prevalence < 1:
-        raise ValueError(f"prevalence is {prevalence}, not between 0 and 1")
-    size = min(
-        range(2, largest + 1), key=lambda size: hierarchical([[size]], prevalence, (group, single)).tests_per_image
-    )
-    return size if hierarchical([[size]], prevalence, (group, single)).tests_per_image < 1 else 1

@@ -25,14 +25,14 @@ from pipeline.source import LISTED_CHUNK
 JOIN: dict[str, Any] = {"memory_limit": "512MB", "threads": 2, "preserve_insertion_order": "false"}
 """What does not fit it joins on disk, and each of many threads would want memory of its own."""
 
-# What has become of the listed objects, image ids once each, and which run judged the unchanged ones.
+# What has become of the listed objects, image ids once each, and which run judged the unchanged ones, and how.
 _COUNTS = """
     SELECT CASE WHEN same AND judged_run_id IS NOT NULL THEN 'unchanged'
                 WHEN same THEN 'unjudged'
                 WHEN seen.uri IS NULL THEN 'new'
                 ELSE 'changed' END AS what,
-           CASE WHEN same THEN judged_run_id END AS judged_by, count(*)
-    FROM (SELECT l.uri, l.traceable AND e.image_id IS NOT NULL AS same, e.judged_run_id
+           CASE WHEN same THEN judged_run_id END AS judged_by, same AND judged_outcome = 'flagged' AS flagged, count(*)
+    FROM (SELECT l.uri, l.traceable AND e.image_id IS NOT NULL AS same, e.judged_run_id, e.judged_outcome
           FROM (SELECT DISTINCT ON (image_id) image_id, uri, traceable FROM listed WHERE NOT canary) AS l
           LEFT JOIN earlier AS e ON e.image_id = l.image_id) AS m
     LEFT JOIN (SELECT DISTINCT uri FROM earlier) AS seen ON seen.uri = m.uri
@@ -69,6 +69,8 @@ class Increment:
     """Objects that the earlier run listed and that are gone."""
     judged_by: dict[str, int]
     """Of the unchanged ones: how many each run has judged."""
+    flagged_by: dict[str, int]
+    """Of those: how many each run has flagged. Their findings stand, and are in that run's tables."""
 
 
 def compare(
@@ -102,13 +104,19 @@ def _count(connection: duckdb.DuckDBPyConnection) -> Increment:
     gone = connection.execute(_DELETED).fetchone()
     assert gone is not None
     total: Counter[str] = Counter()
-    for what, _, images in counts:
+    judged_by: Counter[str] = Counter()
+    flagged_by: Counter[str] = Counter()
+    for what, run_id, flagged, images in counts:
         total[what] += images
+        if what == "unchanged":
+            judged_by[run_id] += images
+            flagged_by[run_id] += images if flagged else 0
     return Increment(
         unchanged=total["unchanged"],
         new=total["new"],
         changed=total["changed"],
         unjudged=total["unjudged"],
         deleted=gone[0],
-        judged_by={run_id: images for what, run_id, images in sorted(counts) if what == "unchanged"},
+        judged_by=dict(sorted(judged_by.items())),
+        flagged_by=dict(sorted((+flagged_by).items())),
     )

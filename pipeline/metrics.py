@@ -16,6 +16,7 @@ from prometheus_client import Metric as Family
 from prometheus_client import generate_latest
 from prometheus_client.registry import Collector
 
+from pipeline.takeover import standing
 from pipeline.tally import Tally
 
 
@@ -48,6 +49,9 @@ METRICS = {
     ),
     "dorfman_run_listed": Metric("gauge", _RUN, "Images that the run lists, or has listed so far."),
     "dorfman_run_images": Metric("gauge", (*_RUN, "outcome"), "Images of the run that are committed, by outcome."),
+    "dorfman_run_flagged_standing": Metric(
+        "gauge", _RUN, "Flagged images of the run's source: its own and unchanged ones that earlier runs flagged."
+    ),
     "dorfman_run_errors": Metric("gauge", (*_RUN, "code"), "Images of the run without a verdict, by error code."),
     "dorfman_run_group_positive_rate": Metric(
         "gauge", (*_RUN, "stage", "round"), "Share of a round's tests that were positive."
@@ -106,6 +110,8 @@ def of_run(record: Mapping[str, Any], *, accepted: bool = False) -> Iterator[Sam
     for outcome, images in record["counts"].items():
         if outcome != "listed":
             yield Sample("dorfman_run_images", run | {"outcome": outcome}, images)
+    if (flagged := standing(record)) is not None:
+        yield Sample("dorfman_run_flagged_standing", run, flagged)
     for code, images in record["errors"].items():
         yield Sample("dorfman_run_errors", run | {"code": code}, images)
     for stage in record["stages"]:

@@ -18,6 +18,9 @@ from pipeline.mistakes import NUMBER, spelt
 from pipeline.policy import Name
 from pipeline.storage import parse_uri
 
+STEADY_SHARE = 0.5
+"""Of a driver's seconds, to have passed since its first result before anything is said of the cost without start-up:
+what came in a shorter time was mostly begun before."""
 Price = Annotated[float, NUMBER, Field(ge=0, allow_inf_nan=False)]
 LISTED_PER_REQUEST = 1000
 PUTS_OF_A_SHARD = 11
@@ -57,6 +60,7 @@ class Meter:
     ) -> None:
         self.size, self.clock = size, clock
         self.attempt_files = 0
+        self.first_images = self.images = 0
         self.looked: float | None = None
         self.seconds = self.cpu_seconds = self.gpu_seconds = 0.0
         self.now: tuple[float, float] | None = None
@@ -74,6 +78,9 @@ class Meter:
         self.looked, self.now = moment, self.size()
 
     def took(self, receipt: Mapping[str, Any]) -> None:
+        images = sum(entry["images"] for entry in receipt["outcomes"])
+        self.first_images = self.first_images or images
+        self.images += images
         self.attempt_files += len(receipt["files"])
         self.look()
 
@@ -92,13 +99,15 @@ def resources(
     output: str,
     listed: int,
     seconds: float,
+    startup_seconds: float,
     images: float,
     fetched: float,
     shards: float,
     written: float,
 ) -> dict[str, Any]:
     """What was there to pay for, for the record. ``images``, those of them that were fetched, ``shards`` and bytes
-    ``written`` into tables are one driver's; ``listed`` is the whole run's.
+    ``written`` into tables are one driver's, and so are ``seconds``, ``startup_seconds`` of them until its first
+    result; ``listed`` is the whole run's.
 
     Counted are objects fetched and attempt files; what a shard and a listing take is known; requests that were
     repeated, HEADs and DELETEs are not in it. A folder is asked for nothing that costs.
@@ -115,7 +124,10 @@ def resources(
         "cpus": cpus,
         "gpus": gpus,
         "seconds": seconds,
+        "startup_seconds": startup_seconds,
         "images": int(images),
+        "tested": meter.images,  # or known content; what was unchanged is in neither of the two
+        "tested_after_startup": meter.images - meter.first_images,
         "gets": int(gets),
         "puts": int(puts),
         "bytes_written": int(written),
@@ -132,6 +144,9 @@ def cost_of(record: Mapping[str, Any], prices: dict[str, Any]) -> dict[str, Any]
 
     Only the stages' part would grow: the GPUs, and of the CPUs the share of the time at work that stages without GPUs
     had. It is divided by the relative cost, as if seconds grew as multiply-adds do. Parts that nobody knows are None.
+
+    ``startup``: of the total, the processors until the first result, while the source is listed, Ray comes up, nets are
+    loaded and the first windows are tested. ``steady_per_million``: of images tested after that; see STEADY_SHARE.
     """
     there = record["resources"]
     hours = there["seconds"] / 3600
@@ -153,10 +168,29 @@ def cost_of(record: Mapping[str, Any], prices: dict[str, Any]) -> dict[str, Any]
         "prices": prices,
         "parts": parts,
         "total": total,
+        "startup": _startup_part(there, parts),
+        "steady_per_million": _steady_per_million(there, parts),
         "per_million_images": total / there["images"] * 1e6 if there["images"] else None,
         "stages": stages,
         "alone": total - stages + stages / relative if scales else None,
     }
+
+
+def _processors(parts: Mapping[str, float | None]) -> float:
+    return (parts["cpus"] or 0.0) + (parts["gpus"] or 0.0)
+
+
+def _startup_part(there: Mapping[str, Any], parts: Mapping[str, float | None]) -> float:
+    return _processors(parts) * min(1.0, there["startup_seconds"] / there["seconds"])
+
+
+def _steady_per_million(there: Mapping[str, Any], parts: Mapping[str, float | None]) -> float | None:
+    """Processors by the images that came after the first result, requests and storage by all that were tested."""
+    steady = 1 - there["startup_seconds"] / there["seconds"]
+    if parts["cpus"] is None or not there["tested_after_startup"] or steady < STEADY_SHARE:
+        return None
+    other = sum(part for name, part in parts.items() if name not in ("cpus", "gpus") and part is not None)
+    return 1e6 * (steady * _processors(parts) / there["tested_after_startup"] + other / there["tested"])
 
 
 def _stage_part(record: Mapping[str, Any], parts: Mapping[str, float | None]) -> float:
@@ -180,10 +214,24 @@ def cost_rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, part in cost["parts"].items():
         if part is not None:
             yield f"  {PARTS[name]}", money(part, currency)
-    if cost["per_million_images"] is not None:
-        yield "cost per million images", money(cost["per_million_images"], currency)
+    yield from _million_rows(cost)
     if cost["alone"] is not None:
         yield "cost of testing every image alone, estimated", money(cost["alone"], currency)
+
+
+def _million_rows(cost: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    currency = cost["currency"]
+    if cost["per_million_images"] is not None:
+        yield "cost per million listed images, with start-up", money(cost["per_million_images"], currency)
+    if "startup" not in cost:
+        return  # older records do not tell it apart
+    if cost["total"]:
+        yield "  of the cost start-up, until the first result", f"{cost['startup'] / cost['total']:.0%}"
+    steady = cost["steady_per_million"]
+    yield (
+        "cost per million tested images, without start-up",
+        "too short a scan to tell" if steady is None else money(steady, currency),
+    )
 
 
 PARTS = {

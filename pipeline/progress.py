@@ -15,6 +15,7 @@ from pipeline.events import Events, told_as_json
 from pipeline.manifest import Shard
 from pipeline.plan import Plan
 from pipeline.prices import cost_rows
+from pipeline.takeover import ANEW, flagged_before, standing
 from pipeline.tally import Tally, spent_by, stage_rows
 from pipeline.window import KNOWN_CONTENT
 
@@ -115,7 +116,8 @@ def closing_table(record: dict[str, Any]) -> Table:
     table.add_column()
     table.add_column(justify="right")
     for name, images in record["counts"].items():
-        table.add_row(name, f"{images:,}")
+        for label, value in _flagged_rows(record) if name == "flagged" else [(name, images)]:
+            table.add_row(label, f"{value:,}")
     for code, images in sorted(record["errors"].items()):
         table.add_row(f"  {code}", f"{images:,}")
     for label, value in _taken_rows(record):
@@ -166,14 +168,26 @@ def time_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "more actors help first", f"{busiest.operator}, at work for {busiest.busy:.0%} of its time"
 
 
+def _flagged_rows(record: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """What an incremental run flagged is not all that stands."""
+    tonight, before, all_of_it = record["counts"]["flagged"], flagged_before(record), standing(record)
+    yield "flagged tonight" if record.get("increment") else "flagged", tonight
+    if record.get("increment") and before is not None and all_of_it is not None:
+        yield "  flagged before and unchanged", before
+        yield "  flagged, standing in the source", all_of_it
+
+
 def _taken_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What was not tested because it had been judged before, or because a hash said enough."""
     increment = record.get("increment")  # older records have none of this
     if increment:
-        yield (
-            f"since {increment['run_id']}",
-            ", ".join(f"{increment[name]:,} {name}" for name in ("unchanged", "new", "changed", "unjudged", "deleted")),
-        )
+        yield f"since {increment['run_id']}, unchanged", f"{increment['unchanged']:,}"
+        yield "  tested", ", ".join(f"{increment[name]:,} {why}" for name, why in ANEW.items())
+        yield "  gone", f"{increment['deleted']:,}"
+        if increment["judged_otherwise"]:
+            yield "  judged by another plan, net or bank", f"{increment['judged_otherwise']:,}"
+        if increment.get("under_other_policy"):
+            yield "  flagged, with the action of another policy", f"{increment['under_other_policy']:,}"
     known = record.get("skips", {}).get(KNOWN_CONTENT, 0)
     if known:
         yield "known content, cleared before", f"{known:,}"

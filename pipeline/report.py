@@ -25,7 +25,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from obstore.exceptions import BaseError
 from PIL import Image as PillowImage
 
-from pipeline import commit, prices, schema, trends
+from pipeline import commit, prices, schema, takeover, trends
 from pipeline.bank import OPERATOR as MATCH
 from pipeline.codes import CODES
 from pipeline.decode import Decoder
@@ -106,6 +106,9 @@ def write_report(
         suspect=record.get("suspect", []),
         gates=record.get("gates"),
         increment=record.get("increment"),
+        flagged_before=takeover.flagged_before(record),
+        standing=takeover.standing(record),
+        taken_over=takeover.taken_over(record),
         known=record.get("skips", {}).get(KNOWN_CONTENT, 0),
         taken=record.get("taken", {}),
         ignored=record.get("ignored_entries", {}),

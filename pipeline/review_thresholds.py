@@ -17,12 +17,13 @@ import numpy as np
 from models.intervals import Weighted, weighted_count_interval, weighted_share_interval
 from pipeline.estimate import NOT_REVIEWED, Figure, Reviewed
 from pipeline.reviews import Evidence
-from pipeline.thresholds import short, steps
+from pipeline.threshold_steps import short, steps
 
 
 def at_thresholds(evidence: Evidence, confidence: float) -> dict[str, list[dict[str, Any]]]:
-    """By category: the present threshold and some around it, from the laxest up, each with ``flagged``, ``recall`` and
-    ``false_positives`` as estimated. Empty where the runs' last rounds differ, or ask twice, in two groupings."""
+    """By category: the present threshold and some around it, from the laxest up, each with ``flagged``, ``counted`` or
+    estimated, and ``recall`` and ``false_positives`` as estimated. Empty where the runs' last rounds differ, or ask
+    twice, in two groupings."""
     last = [record["plan"]["stages"][-1] for record in evidence.records if record["plan"].get("stages")]
     alike = {str([stage["name"], stage["rounds"], stage["thresholds"]]) for stage in last}
     if len(last) < len(evidence.records) or len(alike) > 1 or last[0].get("groupings", 1) == 2:
@@ -70,14 +71,19 @@ def _at(
     false = Weighted(weights=weight_N[flagged_N & (label_N == 0)], largest=largest_found)
     violating = found.total + missed.total
     recall = Figure(
-        value=found.total / violating if violating else None,
+        value=found.total / violating if violating and reviewed.misses_known else None,
         interval=weighted_share_interval(found, missed, confidence),
     )
+    # At the present threshold and above only what was flagged counts, and all of that is there.
+    counted = threshold >= present
+    known = counted or reviewed.misses_known
     drawn = float((1 / reviewed.probability_A[score_A >= threshold]).sum())
+    false_positives = Figure(value=false.total if known else None, interval=weighted_count_interval(false, confidence))
     return {
-        "flagged": float((score_F >= threshold).sum()) + drawn,
+        "flagged": float((score_F >= threshold).sum()) + drawn if known else None,
+        "counted": counted,
         "recall": asdict(recall),
-        "false_positives": asdict(Figure(value=false.total, interval=weighted_count_interval(false, confidence))),
+        "false_positives": asdict(false_positives),
         "reviewed_violating": int((label_N == 1).sum()),
         "reviewed": int((label_N != NOT_REVIEWED).sum()),
     }

@@ -16,6 +16,7 @@ from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
 from pipeline.heartbeat import STALE_SECONDS, newest_heartbeat, newest_listing
 from pipeline.metrics import Sample, of_heartbeat, of_listing, of_run
 from pipeline.store import Store
+from pipeline.takeover import standing
 
 POLL_SECONDS = 5.0
 ALIVE = ("listing", "running")
@@ -36,6 +37,9 @@ class Run:
     decided: int
     """Images; of a run that goes on, committed or not."""
     flagged: int
+    standing: int | None
+    """Flagged images of the source: with those that earlier runs flagged and that are unchanged. None where nobody has
+    counted them."""
     errors: int
     relative_cost: float | None
     seconds: float
@@ -99,6 +103,7 @@ def _of_listing(beat: Mapping[str, Any]) -> Run:
         listed=beat["listed"],
         decided=0,
         flagged=0,
+        standing=None,
         errors=0,
         relative_cost=None,
         seconds=seconds,
@@ -125,6 +130,7 @@ def _view(store: Store, record: Mapping[str, Any], beat: Mapping[str, Any] | Non
         listed=record["listed"],
         decided=max(counts["listed"], live.get("decided", 0)),
         flagged=counts["flagged"],
+        standing=standing(record),
         errors=counts["error"],
         relative_cost=record["relative_cost"],
         seconds=record["seconds"],
@@ -191,7 +197,10 @@ def line(run: Run) -> str:
     if run.state == "listing":
         ago = f"last sign of life {run.silent_seconds:,.0f} s ago"
         return f"run {run.run_id}: listing, {run.listed:,} images so far, {ago}"
-    parts = [f"{run.decided:,} of {run.listed:,} images", f"{run.flagged:,} flagged", f"{run.errors:,} errors"]
+    flagged = f"{run.flagged:,} flagged"
+    if run.standing not in (None, run.flagged):
+        flagged += f" ({run.standing:,} standing in the source)"
+    parts = [f"{run.decided:,} of {run.listed:,} images", flagged, f"{run.errors:,} errors"]
     if run.state in GOING:
         parts += [f"{run.images_per_s:,.0f}/s", f"last sign of life {run.silent_seconds:,.0f} s ago"]
         parts += [f"until {run.ends_at[:16]} UTC"] if run.ends_at else []
@@ -200,14 +209,16 @@ def line(run: Run) -> str:
 
 def table(runs: list[Run]) -> Table:
     shown = Table()
-    for name in ("run", "state", "started", "listed", "decided", "flagged", "errors", "cost", "seconds", "silent"):
+    names = "run", "state", "started", "listed", "decided", "flagged", "standing", "errors", "cost", "seconds", "silent"
+    for name in names:
         shown.add_column(name, justify="left" if name in ("run", "state", "started") else "right")
     for run in runs:
         cost = "" if run.relative_cost is None else f"{run.relative_cost:.3f}"
+        stand = "" if run.standing is None else f"{run.standing:,}"
         silent = "" if run.silent_seconds is None else f"{run.silent_seconds:,.0f} s"
         shown.add_row(
             run.run_id, run.state, run.started_at[:16], f"{run.listed:,}", f"{run.decided:,}", f"{run.flagged:,}",
-            f"{run.errors:,}", cost, f"{run.seconds:,.0f}", silent,
+            stand, f"{run.errors:,}", cost, f"{run.seconds:,.0f}", silent,
         )  # fmt: skip
     return shown
 

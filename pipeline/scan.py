@@ -20,8 +20,9 @@ from pipeline.bank import freeze_banks
 from pipeline.baseline import describe, stands_suspect
 from pipeline.canaries import Canaries, read_canaries, with_canaries
 from pipeline.cluster import starting_ray
+from pipeline.comparable import Found, find_earlier, judged_otherwise, under_other_policy
 from pipeline.contents import write_contents
-from pipeline.earlier import find_earlier, judged_otherwise, write_earlier
+from pipeline.earlier import write_earlier
 from pipeline.errors import RunError, RunSuspect, UsageError
 from pipeline.events import FORMATS, Events
 from pipeline.examples import read_labels
@@ -43,6 +44,7 @@ from pipeline.retry import list_failed, read_parent
 from pipeline.source import DEFAULT_EXCLUDE, list_source
 from pipeline.storage import check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
+from pipeline.takeover import tell_taken_over
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -227,7 +229,7 @@ def _start(
     listed_at = datetime.now(UTC)
     with Listing(store, run_id, plan.name) as listing:
         rows = listing.count(check_outside(rows, store))
-        manifest, known = _list(config, rows, store, prefix, salt, plan, decides)
+        manifest, known = _list(config, rows, store, prefix, salt, plan, decides, policy)
         if manifest.images == manifest.canaries:
             if parent:
                 raise UsageError(
@@ -259,6 +261,7 @@ def _start(
         "banks": [asdict(bank) for bank in banks],
     }
     commit.freeze(store, run_id, frozen)
+    tell_taken_over(Events(run_id), frozen)
     shards, seconds = len(manifest.shards), (datetime.now(UTC) - listed_at).total_seconds()
     Events(run_id).tell("listed", source=frozen["source"], listed=manifest.images, shards=shards, seconds=seconds)
     return frozen
@@ -272,33 +275,45 @@ def _list(
     salt: str,
     plan: Plan,
     decides: dict[str, Any],
+    policy: dict[str, Any] | None,
 ) -> tuple[Manifest, dict[str, Any]]:
     """The manifest, and what the frozen run says of what earlier runs have judged."""
-    earlier = find_earlier(store, config.since, config.source, decides) if config.since else None
+    found = find_earlier(store, config.since, config.source, decides) if config.since else Found(record=None)
+    earlier, notes = found.record, list(found.notes)
     with tempfile.TemporaryDirectory(prefix="dorfman-earlier-") as folder:
         judged = None
         if earlier:
             # Records of a version without increments say only when listing had ended.
             moment = datetime.fromisoformat(earlier.get("listed_at") or earlier["started_at"])
             judged = Earlier(folder=Path(folder), listed_at=moment)
-            write_earlier(store, earlier, judged.folder)
+            if lost := write_earlier(store, earlier, judged.folder):
+                notes.append(f"what {', '.join(lost)} had judged has no verdict any more: record or tables are gone")
         manifest = build_manifest(
             rows, store, prefix, salt=salt, window=plan.window, shard_size=config.shard_size, earlier=judged
         )
         contents = write_contents(judged.folder, store, prefix) if judged and config.known_content else ()
-    increment = _increment_json(manifest, earlier, store, decides)
-    known = {"increment": increment, "contents": [asdict(part) for part in contents]}
-    return manifest, known
+    increment = _increment_json(manifest, earlier, store, decides, policy)
+    return manifest, {
+        "increment": increment, "since_notes": notes, "contents": [asdict(part) for part in contents]
+    }  # fmt: skip
 
 
 def _increment_json(
-    manifest: Manifest, earlier: dict[str, Any] | None, store: Store, decides: dict[str, Any]
+    manifest: Manifest,
+    earlier: dict[str, Any] | None,
+    store: Store,
+    decides: dict[str, Any],
+    policy: dict[str, Any] | None,
 ) -> dict[str, Any] | None:
     """Against which run, and what has become of its objects; None when every object was to be tested."""
     if manifest.increment is None or earlier is None:
         return None
-    otherwise = judged_otherwise(store, manifest.increment.judged_by, decides)
-    return {"run_id": earlier["run_id"], "judged_otherwise": otherwise, **asdict(manifest.increment)}
+    return {
+        "run_id": earlier["run_id"],
+        "judged_otherwise": judged_otherwise(store, manifest.increment.judged_by, decides),
+        "under_other_policy": under_other_policy(store, manifest.increment.flagged_by, policy),
+        **asdict(manifest.increment),
+    }
 
 
 def _check_same_run(

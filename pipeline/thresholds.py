@@ -10,12 +10,11 @@ lies between what is known to reach a threshold and what may; the audit table, w
 for a random part of what was cleared, gives an estimate between the two. Of a last stage of two groupings, where an
 image has to reach the threshold twice, there are the bounds only.
 
-Shapes: N images, P labelled ones, A rows of the audit table, K categories.
+Shapes: N images, P labelled ones (``labelled.py``), A rows of the audit table, K categories.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,14 +24,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from models.intervals import Weighted, interval, weighted_count_interval
+from models.intervals import Weighted, weighted_count_interval
+from pipeline.labelled import Labelled, quality
 from pipeline.plan import Plan
 from pipeline.sample import NEAR_SHARE
+from pipeline.threshold_steps import short, steps
 
-STEPS = (-2.0, -1.0, 1.0, 2.0)
-"""In log-odds from the present threshold: 1 is a factor of 2.7 in the odds."""
-EDGE = 1e-6
-"""Thresholds nearer to 0 or 1 have no steps beyond them."""
 SCORES = ["decided_stage", "decided_round", "group_score"]
 AUDITED = ["decided_stage", "decided_round", "probability", "scores"]
 LABELLED = [*SCORES, "image_id", "source_uri", "sha256", "outcome", "judged_run_id"]
@@ -194,7 +191,7 @@ class OtherThresholds:
                     "flagged": images.at(threshold),
                     "estimate": self._estimate(category, threshold, len(found)),
                 }
-                | ({} if judged is None else _quality(judged, threshold))
+                | ({} if judged is None else quality(judged, threshold))
                 for change, threshold in self._choose(self.present[category], found, near)
             ],
         }
@@ -244,70 +241,3 @@ class OtherThresholds:
             kind: Labelled.of(content_P[which], reach.low_N[which], reach.high_N[which])
             for kind, which in (("violating", violating), ("others", ~violating))
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Labelled:
-    """Images of one label. Copies of one content are one observation, of which a share may be flagged."""
-
-    content_P: np.ndarray
-    """Numbers from 0."""
-    copies: np.ndarray
-    """Of each content."""
-    low_P: np.ndarray
-    high_P: np.ndarray
-
-    @staticmethod
-    def of(content: np.ndarray, low_P: np.ndarray, high_P: np.ndarray) -> Labelled:
-        _, content_P, copies = np.unique(content, return_inverse=True, return_counts=True)
-        return Labelled(content_P=content_P, copies=copies, low_P=low_P, high_P=high_P)
-
-    def numbers(self) -> dict[str, int]:
-        return {"images": len(self.content_P), "unique": len(self.copies)}
-
-    def images(self, threshold: float) -> tuple[int, int]:
-        return int((self.low_P >= threshold).sum()), int((self.high_P >= threshold).sum())
-
-    def share(self, threshold: float) -> tuple[float, float] | None:
-        """Of contents; None when there are none."""
-        if not len(self.copies):
-            return None
-        low, high = self._flagged(self.low_P, threshold), self._flagged(self.high_P, threshold)
-        return low / len(self.copies), high / len(self.copies)
-
-    def interval(self, threshold: float) -> tuple[float, float]:
-        """Clopper and Pearson's at 95 %, from that of the lower share to that of the upper one."""
-        unique = len(self.copies)
-        low = interval(self._flagged(self.low_P, threshold), unique)[0]
-        return low, interval(self._flagged(self.high_P, threshold), unique)[1]
-
-    def _flagged(self, score_P: np.ndarray, threshold: float) -> float:
-        hits = np.bincount(self.content_P, score_P >= threshold, len(self.copies))
-        return float((hits / self.copies).sum())
-
-
-def _quality(judged: dict[str, Labelled], threshold: float) -> dict[str, Any]:
-    violating, others = judged["violating"], judged["others"]
-    return {
-        "recall": violating.share(threshold),
-        "recall_interval": violating.interval(threshold),
-        "false_positives": others.images(threshold),
-        "false_positive_rate_interval": others.interval(threshold),
-    }
-
-
-def steps(threshold: float) -> list[tuple[float, float]]:
-    """Step and threshold, the laxest first. At an end there are none beyond it."""
-    inside = min(1 - EDGE, max(EDGE, threshold))
-    odds = math.log(inside / (1 - inside))
-    moved = [(step, 1 / (1 + math.exp(-odds - step))) for step in STEPS]
-    return [(step, limit) for step, limit in moved if (limit > threshold) == (step > 0)]
-
-
-def short(threshold: float, present: float) -> float:
-    """As few digits as tell it from the present one: what a page shows is what was counted, and a plan can say it."""
-    for digits in range(3, 12):
-        rounded = round(threshold, digits - math.floor(math.log10(min(threshold, 1 - threshold) or EDGE)) - 1)
-        if abs(rounded - threshold) <= abs(threshold - present) / 20 and 0 < rounded < 1:
-            return rounded
-    return threshold

@@ -19,17 +19,26 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy.stats import binom, chi2
 
 from jobs import audit as job
 from jobs.cli import run_job
 from models.intervals import Weighted, interval, weighted_count_interval, weighted_share_interval
 from pipeline import commit, schema
-from pipeline.audit import audit
+from pipeline.audit import audit, audit_table, thresholds_table
 from pipeline.commit import Attempt, Ledger
 from pipeline.erase import Subject, erase
 from pipeline.errors import RunError, UsageError
-from pipeline.estimate import NOT_REVIEWED, Reviewed, estimate, recall_at_most, share_to_review
+from pipeline.estimate import (
+    NOT_REVIEWED,
+    Reviewed,
+    estimate,
+    lacking_canaries,
+    lacking_reviews,
+    recall_at_most,
+    share_to_review,
+)
 from pipeline.examples import read_labels
 from pipeline.plan import Audit, parse_plan
 from pipeline.reviews import Evidence
@@ -243,6 +252,29 @@ def test_the_reviews_that_are_said_to_be_needed_give_the_power_that_is_said():
     alarms = sum(recall_at_most(reviews, 0.95) < bound for reviews in nights)
     assert within(alarms, 300, 0.8)
     assert share_to_review(20, bound, 0.95) is None
+    # Half of that share lacks as much again; the whole lacks nothing.
+    for drawn, lacking in ((share / 2, 0.5), (share * 1.001, 0)):
+        reviews = night(World(recall=0.95, images=70_000, prevalence=0.05, rates=(drawn, drawn)), rng).reviews
+        found = estimate(reviews, 0.95)
+        wanted = share_to_review(found.found.interval[1] + found.missed.value, bound, 0.95)
+        assert wanted == pytest.approx(share, rel=0.2)
+        assert lacking_reviews(reviews, bound, 0.95) == pytest.approx(max(0, (wanted - drawn) * reviews.cleared), abs=1)
+        assert lacking_reviews(reviews, bound, 0.95) == pytest.approx(
+            lacking * share * reviews.cleared, rel=0.4, abs=900
+        )
+
+
+def test_the_canaries_that_are_said_to_lack_give_the_power_that_is_said():
+    lacking = lacking_canaries(20, 0.95, 0.95)
+    assert lacking is not None
+
+    def power(canaries: int) -> float:
+        alarms = [found for found in range(canaries + 1) if interval(found, canaries, 0.9)[1] < 0.95]
+        return float(binom.cdf(max(alarms), canaries, 0.9)) if alarms else 0.0
+
+    assert power(20 + lacking) >= 0.8 > power(20 + lacking - 1) and power(20) < 0.8
+    assert lacking_canaries(20 + lacking, 0.95, 0.95) == 0
+    assert lacking_canaries(1000, 1.0, 0.95) is None, "a share of one leaves no room for a fall"
 
 
 # Simulated weeks
@@ -324,7 +356,7 @@ def test_intervals_hold_about_as_often_as_they_say_where_everything_is_drawn():
 # Judgement
 
 
-def evidence(labels: dict[tuple[str, str], int], **plan: Any) -> Evidence:
+def evidence(labels: dict[tuple[str, str], int], *, audited: Any = ("c0", "c1"), **plan: Any) -> Evidence:
     """One run with categories a and b: f0 flagged as a, f1 as both, c0 and c1 cleared and drawn."""
     record = {
         "run_id": "r",
@@ -339,7 +371,7 @@ def evidence(labels: dict[tuple[str, str], int], **plan: Any) -> Evidence:
         flagged=[{"run_id": "r", "image_id": i, "source_uri": f"u/{i}", "category": c} for i, c in flagged],
         audited=[
             {"run_id": "r", "image_id": i, "source_uri": f"u/{i}", "probability": 1.0, "decided_stage": "one"}
-            for i in ("c0", "c1")
+            for i in audited
         ],
         labels=labels,
     )
@@ -369,6 +401,58 @@ def test_the_bound_comes_from_the_certificate_or_from_the_command():
     assert [(c.name, c.bound) for c in checks] == [("a", 0.7), ("b", 0.7), ("all categories", 0.7)]
     # Three checks share the 5 % of false alarms.
     assert checks[1].at_most == pytest.approx(interval(1, 2, 1 - 2 * 0.05 / 3)[1])
+
+
+def said(table: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    return " ".join(console.file.getvalue().split())
+
+
+def test_where_no_alarm_could_have_been_raised_none_is_denied():
+    result = audit(evidence(WHOLE), 0.9, 0.95)
+    assert {check.verdict for check in result.checks} == {"cannot be told"} and result.alarm is None
+    assert any(
+        "a: whether recall is below 0.9 cannot be told from 2 reviewed cleared images, nor from more" in n
+        for n in result.notes
+    )
+    assert "no alarm" not in said(audit_table(result)) and "cannot be told" in said(audit_table(result))
+    rich = night(World(recall=0.97, rates=(1, 1)), np.random.default_rng(1)).reviews
+    assert lacking_reviews(rich, 0.9, 0.95) == 0
+    few = evidence(WHOLE)
+    few.records[0]["canaries"] = {"found": 20, "missed": 0, "failed": 0}
+    result = audit(few, 0.9, 0.95)
+    check = next(check for check in result.checks if check.name == "canaries")
+    assert check.verdict == "cannot be told" and check.lacking == lacking_canaries(20, 0.9, 1 - 0.05 / 4) > 0
+    assert (
+        f"canaries: whether the share found is below 0.9 cannot be told from 20 canaries: a fall to 0.8 would be "
+        f"seen with a power of 0.8 with {check.lacking:,} more" in " ".join(result.notes)
+    )
+    few.records[0]["canaries"]["found"] = 2000
+    checks = {check.name: check for check in audit(few, 0.9, 0.95).checks}
+    assert checks["canaries"].verdict == "no alarm"
+
+
+def test_where_nobody_looked_at_what_was_cleared_nothing_is_said_of_recall():
+    nothing = {"audited_A": np.array([], int), "probability_A": np.array([]), "stage_A": np.array([], object)}
+    found = estimate(sample(**nothing), 0.95)
+    for figure in (found.recall, found.missed, found.false_omission_rate, found.prevalence):
+        assert figure.value is None and figure.interval[0] < figure.interval[1]
+    assert found.found.value == 8 and 0 < lacking_reviews(sample(**nothing), 0.5, 0.95) < 2000
+    everything = estimate(sample(**nothing, cleared=0), 0.95)
+    assert everything.recall.value == 1, "nothing was cleared, so nothing was missed"
+    labels = {key: label for key, label in WHOLE.items() if not key[0].startswith("c")}
+    stage = {"name": "one", "rounds": [1], "thresholds": {"a": [0.5], "b": [0.5]}}
+    unseen = evidence(labels, stages=[stage], audited=[])
+    for row in unseen.flagged:
+        row["score"] = 0.6
+    result = audit(unseen, 0.9, 0.95)
+    shown = said(audit_table(result))
+    assert "recall │ unknown │" in shown and "1.0000" not in shown.split("bound of")[0].split("recall")[1].split("│")[1]
+    rows = {row["change"]: row for row in result.thresholds["a"]}
+    assert (rows["present"]["flagged"], rows["present"]["recall"]["value"]) == (2, None)
+    assert rows["-1 log-odds"]["flagged"] is None and rows["-1 log-odds"]["false_positives"]["value"] is None
+    assert "2 counted" in said(thresholds_table(result)) and "unknown" in said(thresholds_table(result))
 
 
 def test_canaries_raise_the_alarm_by_themselves():

@@ -21,21 +21,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
+from rich.console import Console
 
-from pipeline import commit
+from pipeline import commit, takeover
+from pipeline.comparable import find_earlier, judged_otherwise, under_other_policy
 from pipeline.contents import Contents, write_contents
-from pipeline.earlier import find_earlier, judged_otherwise, write_earlier
+from pipeline.earlier import write_earlier
 from pipeline.errors import RunStopped, UsageError
 from pipeline.increment import Earlier, Increment
 from pipeline.inventory import scope
 from pipeline.limits import Budget, Limits
 from pipeline.manifest import Shard, build_manifest
+from pipeline.metrics import of_run
 from pipeline.plan import WindowSpec
+from pipeline.progress import closing_table
+from pipeline.runs import read_run
 from pipeline.scan import ScanConfig, run_scan
 from pipeline.schema import EARLIER, FLAGGED, LEDGER
 from pipeline.source import image_id, list_source
 from pipeline.storage import s3_client
 from pipeline.store import Store, digest
+from pipeline.tables import open_tables, sql_session
 from pipeline.tally import Tally
 from tests.conftest import QUICK, small_plan
 
@@ -202,7 +208,7 @@ def test_every_object_is_counted_as_what_it_is(tmp_path_factory, states, images,
     """A model of the join: each object in one of eight states, in any mixture.
 
     ``forged``: another picture under the same uri and etag, written after the earlier run had begun to list.
-    ``undated``: the source tells no time, and is taken at its word.
+    ``undated``: the source tells no time, and is taken at its word. These had been flagged, to be counted apart.
     """
     folder = tmp_path_factory.mktemp("m")
     store = Store(str(folder / "out"))
@@ -213,7 +219,7 @@ def test_every_object_is_counted_as_what_it_is(tmp_path_factory, states, images,
             "image_id": image_id(f"s3://b/{name}", etag),
             "uri": f"s3://b/{name}",
             "judged_run_id": None if state == "error" else "r1",
-            "judged_outcome": None if state == "error" else "cleared",
+            "judged_outcome": {"error": None, "undated": "flagged"}.get(state, "cleared"),
             "sha256": None,
         }
         for name, (etag, state) in then.items()
@@ -242,6 +248,7 @@ def test_every_object_is_counted_as_what_it_is(tmp_path_factory, states, images,
         unjudged=count["error"],
         deleted=count["deleted"],
         judged_by={"r1": count["same"] + count["undated"]} if count["same"] + count["undated"] else {},
+        flagged_by={"r1": count["undated"]} if count["undated"] else {},
     )
     assert manifest.duplicates == int(repeated)
     found = manifest_rows(store, manifest)
@@ -284,7 +291,7 @@ def test_an_earlier_ledger_says_who_judged_what(tmp_path):
     record = finished(store, "r1", {"ledger": table, "flagged": FLAGGED.empty_table()})
     finished(store, "r0", {"ledger": LEDGER.empty_table(), "flagged": FLAGGED.empty_table()})
     (tmp_path / "earlier").mkdir()
-    write_earlier(store, record, tmp_path / "earlier")
+    assert write_earlier(store, record, tmp_path / "earlier") == ["lost"]
     found = {row["uri"]: row for row in pq.read_table(tmp_path / "earlier").to_pylist()}
     assert {uri: (row["judged_run_id"], row["judged_outcome"]) for uri, row in found.items()} == {
         "a": ("r1", "cleared"),
@@ -336,25 +343,161 @@ def test_the_newest_run_that_compares_is_the_last(tmp_path):
         "elsewhere": {"started_at": "2026-01-09", "source": "s3://b/other/"},
         "other-plan": {"started_at": "2026-01-09", "plan_version": "q"},
         "other-net": {"started_at": "2026-01-09", "weights_sha256": {"s": "v"}},
-        "other-bank": {"started_at": "2026-01-09", "banks_sha256": {"b": "1"}},
+        "other-bank": {"started_at": "2026-01-10", "banks_sha256": {"b": "1"}},
         "retry": {"started_at": "2026-01-09", "parent_run_id": "new"},
     }.items():
         finished(store, run_id, tables, **changes)
     commit.write_json(store, commit.status_key("unfinished"), {"started_at": "2026-01-10"})
     decides = {"plan_version": "p", "weights_sha256": {"s": "w"}, "banks_sha256": {}}
     found = find_earlier(store, "last", "s3://b/in/", decides)
-    assert found is not None and found["run_id"] == "new"
+    assert found.record is not None and found.record["run_id"] == "new"
+    assert found.notes == (
+        "the newest run over this source, other-bank, was judged by other banks (to keep its verdicts all the same: "
+        "--since other-bank)",
+    )
     assert judged_otherwise(store, {"new": 5, "other-plan": 7, "other-bank": 2, "gone": 1}, decides) == 10
     (tmp_path / "ledger/scan_date=2026-01-01/new-shard-00000.parquet").unlink()
     found = find_earlier(store, "last", "s3://b/in/", decides)
-    assert found is not None and found["run_id"] == "old", "of the newest the tables are gone"
-    assert find_earlier(store, "last", "s3://b/in/", decides | {"plan_version": "r"}) is None
+    assert found.record is not None and found.record["run_id"] == "old", "of the newest the tables are gone"
+    for changes, words in (
+        ({"plan_version": "r"}, "judged by plan version p, and this is r"),
+        ({"weights_sha256": {"s": "z"}}, "judged by other nets"),
+    ):
+        found = find_earlier(store, "last", "s3://b/in/", decides | changes)
+        assert found.record is None and words in found.notes[-1]
+    assert find_earlier(store, "last", "s3://b/none/", decides).notes == ("there is no complete run over this source",)
     named = find_earlier(store, "other-plan", "s3://b/in", decides)
-    assert named is not None and named["run_id"] == "other-plan"
+    assert named.record is not None and named.record["run_id"] == "other-plan" and named.notes == ()
     with pytest.raises(UsageError, match="--since none: no complete run of that name"):
         find_earlier(store, "none", "s3://b/in", decides)
     with pytest.raises(UsageError, match="took up the errors of new"):
         find_earlier(store, "retry", "s3://b/in", decides)
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"run_id": "spoilt"}', b"\xff", b"[" * 100_000])
+def test_a_record_that_is_none_any_more_is_passed_over_and_named(tmp_path, body):
+    store = Store(str(tmp_path / "out"))
+    tables = {"ledger": LEDGER.empty_table(), "flagged": FLAGGED.empty_table()}
+    finished(store, "old", tables)
+    finished(store, "spoilt", tables)
+    store.write(commit.record_key("spoilt"), body)
+    decides = {"plan_version": "p", "weights_sha256": {"s": "w"}, "banks_sha256": {}}
+    found = find_earlier(store, "last", "s3://b/in/", decides)
+    assert found.record is not None and found.record["run_id"] == "old"
+    (note,) = found.notes
+    assert note.startswith("runs/spoilt.json is no run record") and "put it back from a copy" in note
+    with pytest.raises(UsageError, match=r"--since spoilt: runs/spoilt\.json is no run record; put it back"):
+        find_earlier(store, "spoilt", "s3://b/in/", decides)
+    # What it had judged and another run has taken over is made anew, as if that run were gone.
+    row = {"image_id": "a", "source_uri": "a", "outcome": "skipped", "skip_reason": "unchanged",
+           "judged_run_id": "spoilt", "judged_outcome": "flagged"}  # fmt: skip
+    record = finished(store, "new", {"ledger": pa.Table.from_pylist([row], LEDGER)})
+    (tmp_path / "earlier").mkdir()
+    assert write_earlier(store, record, tmp_path / "earlier") == ["spoilt"]
+    (kept,) = pq.read_table(tmp_path / "earlier").to_pylist()
+    assert kept["judged_run_id"] is None and kept["judged_outcome"] is None
+
+
+def test_a_record_that_cannot_be_read_may_be_whole_and_is_not_passed_over(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    finished(store, "old", {"ledger": LEDGER.empty_table()})
+
+    def refuse(*_: Any) -> Any:
+        raise PermissionError("runs/old.json: not for you")
+
+    monkeypatch.setattr(commit, "read_json", refuse)
+    with pytest.raises(PermissionError, match="not for you"):
+        find_earlier(store, "last", "s3://b/in/", {})
+
+
+def test_findings_with_the_action_of_another_policy_are_counted(tmp_path):
+    store, tables = Store(str(tmp_path)), {"ledger": LEDGER.empty_table()}
+    finished(store, "none", tables)
+    finished(store, "house", tables, policy={"name": "house", "sha256": "1"})
+    flagged_by = {"none": 3, "house": 4, "gone": 1}
+    assert under_other_policy(store, flagged_by, None) == 5
+    assert under_other_policy(store, flagged_by, {"sha256": "1"}) == 4
+    assert under_other_policy(store, flagged_by, {"sha256": "2"}) == 8
+
+
+# What is taken over, and what is said of it
+
+
+def house_policy(folder: Path, action: str) -> str:
+    path = folder / f"{action}.yaml"
+    path.write_text(f"{{name: house, version: 1, default: {action}, categories: {{automobile: {{}}}}}}")
+    return str(path)
+
+
+def test_what_is_taken_over_is_said_and_what_stands_is_counted_apart(ray_session, tmp_path, capsys):
+    """Three nights: everything; nothing new under another policy; a new plan."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    draw(pictures, [f"{number:03d}.jpg" for number in range(150)], seed=1)
+    nights = Nights(tmp_path, small_plan(tmp_path, QUICK, stages=[ALONE], **WINDOWS))
+    first = nights.scan(pictures, run_id="one", since="last", policy=house_policy(tmp_path, "ask"))
+    flagged = first["counts"]["flagged"]
+    assert flagged > 0 and takeover.standing(first) == flagged
+    assert "all 150 images are to be tested; there is no complete run over this source" in capsys.readouterr().out
+
+    (pictures / "149.jpg").unlink()
+    draw(pictures, ["new-1.jpg", "new-2.jpg"], seed=2)
+    draw(pictures, ["000.jpg"], seed=3)
+    second = nights.scan(pictures, run_id="two", since="last", policy=house_policy(tmp_path, "remove"))
+    carried = sum(row["outcome"] == "flagged" for name, row in nights.ledger("one").items()
+                  if name not in ("000.jpg", "149.jpg"))  # fmt: skip
+    line = takeover.taken_over(second)
+    assert line == (
+        f"--since last: 148 images are unchanged since run one and keep their verdict, {carried} of them flagged; "
+        "3 are to be tested: 2 new, 1 changed, 0 without a verdict, as after an error; 1 are gone; "
+        f"{carried} of the flagged keep the action of another policy"
+    )
+    assert line in capsys.readouterr().out
+    mine = nights.ledger("two", "flagged")
+    assert {row["recommended_action"] for row in mine.values()} <= {"remove"}
+    standing = takeover.standing(second)
+    assert standing == carried + second["counts"]["flagged"]
+    with sql_session(open_tables(Store(str(nights.output)))) as session:
+        latest = "SELECT recommended_action, count(DISTINCT source_uri) FROM flagged_latest GROUP BY 1"
+        by_action = dict(session.execute(latest).fetchall())
+    assert by_action == {"ask": carried} | ({"remove": len(mine)} if mine else {})
+    assert sum(by_action.values()) == standing
+    page = (nights.output / "runs/two/report.html").read_text()
+    assert "Flagged tonight" in page and line in page
+    assert f"<strong>{standing} flagged images in the source</strong>" in page
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(closing_table(second))
+    said = " ".join(shown.file.getvalue().split())
+    assert f"flagged tonight │ {second['counts']['flagged']} │" in said
+    assert f"flagged, standing in the source │ {standing} │" in said
+    run = read_run(Store(str(nights.output)), "two")
+    assert (run.flagged, run.standing) == (second["counts"]["flagged"], standing)
+    gauges = {sample.name: sample.value for sample in of_run(second)}
+    assert gauges["dorfman_run_flagged_standing"] == standing
+
+    other = Nights(
+        tmp_path, small_plan(tmp_path, QUICK, stages=[ALONE | {"thresholds": {"automobile": [0.007]}}], **WINDOWS)
+    )
+    third = other.scan(pictures, run_id="three", since="last")
+    assert third["increment"] is None and third["counts"]["skipped"] == 0
+    words = (
+        "all 151 images are to be tested; the newest run over this source, two, was judged by plan version "
+        f"{first['plan_version']}, and this is {third['plan_version']} (to keep its verdicts all the same: --since two)"
+    )
+    assert words in capsys.readouterr().out and words in (nights.output / "runs/three/report.html").read_text()
+
+
+def test_records_of_older_versions_say_what_they_know():
+    counts = {"listed": 9, "flagged": 2}
+    was = {"unchanged": 5, "new": 4, "changed": 0, "unjudged": 0, "deleted": 0, "judged_otherwise": 0}
+    older = {"since": "last", "listed": 9, "counts": counts, "increment": {"run_id": "a"} | was}
+    assert takeover.standing(older) is None
+    assert takeover.taken_over(older) == (
+        "--since last: 5 images are unchanged since run a and keep their verdict; 4 are to be tested: 4 new, "
+        "0 changed, 0 without a verdict, as after an error"
+    )
+    assert takeover.taken_over({"since": None}) is None and takeover.standing({"counts": counts}) == 2
+    assert takeover.standing({"counts": counts, "parent_run_id": "a"}) is None
 
 
 # Content that is known

@@ -44,6 +44,28 @@ def expect(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
         assert word in lines[0]
 
 
+TORN_DOWN = """
+import os
+
+class Late:
+    def __del__(self, write=os.write):
+        write(2, b"torn down")
+
+late = Late()
+"""
+
+
+def test_a_job_ends_before_the_interpreter_is_taken_from_threads_that_still_use_it(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(TORN_DOWN)
+    path = f"{tmp_path}:{Path(__file__).parents[1]}"
+    usual = [sys.executable, "-c", ""]
+    plain = subprocess.run(usual, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=True)
+    assert plain.stderr == b"torn down", "what a process says that ends in the usual way"
+    expect(run("erase", "--output", str(tmp_path), PYTHONPATH=path), 2, "name what to erase with --image-id or --uri")
+    done = run("erase", "--output", str(tmp_path), "--uri", "s3://b/7", PYTHONPATH=path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "no complete run holds it\n", "")
+
+
 @pytest.fixture
 def pictures(corpus: Path) -> str:
     return str(corpus)

@@ -118,7 +118,9 @@ def test_receipts_count_files_and_ray_is_asked_once_in_ten_seconds():
     meter = cluster.meter()
     for second in range(35):
         cluster.at(second, 8, 0)
-        meter.took({"files": [{"table": "ledger"}, {"table": "audit"}]})
+        outcomes = [{"outcome": "cleared", "images": 100 + second}, {"outcome": "error", "images": 1}]
+        meter.took({"files": [{"table": "ledger"}, {"table": "audit"}], "outcomes": outcomes})
+    assert (meter.first_images, meter.images) == (101, 35 * 101 + 34 * 35 / 2)
     assert meter.attempt_files == 70 and cluster.looks == 4 and meter.seconds == 30
 
 
@@ -126,7 +128,15 @@ def there(source: str, output: str, **changes: Any) -> dict[str, Any]:
     meter = Meter(lambda: (8.0, 1.0))
     meter.look()
     meter.attempt_files = 500
-    counts = {"listed": 20_500, "seconds": 60.0, "images": 20_000, "fetched": 19_000.0, "shards": 2, "written": 4000}
+    counts = {
+        "listed": 20_500,
+        "seconds": 60.0,
+        "startup_seconds": 9.0,
+        "images": 20_000,
+        "fetched": 19_000.0,
+        "shards": 2,
+        "written": 4000,
+    }
     return resources(meter, source=source, output=output, **(counts | changes))
 
 
@@ -155,7 +165,8 @@ def record(*, on_gpu: bool = False, **changes: Any) -> dict[str, Any]:
         "relative_cost": 0.25,
         "resources": {
             "cpus": 16.0, "gpus": 2.0, "seconds": 1800.0, "images": 500_000, "gets": 600_000, "puts": 20_000,
-            "bytes_written": 3_000_000_000,
+            "bytes_written": 3_000_000_000, "startup_seconds": 450.0, "tested": 400_000,
+            "tested_after_startup": 390_000,
         },
     } | changes  # fmt: skip
 
@@ -167,6 +178,26 @@ def test_parts_add_up_and_are_told_by_the_million_images():
     assert cost["total"] == pytest.approx(sum(parts.values())) == pytest.approx(1.06)
     assert cost["per_million_images"] == pytest.approx(2.12)
     assert cost_of(record(), PRICES)["parts"]["storage"] is None
+
+
+def test_start_up_is_set_apart_and_the_rest_is_told_by_the_images_that_came_after_it():
+    cost = cost_of(record(), PRICES | {"storage_gb_month": 0.02})
+    assert cost["startup"] == pytest.approx((0.16 + 0.5) / 4)
+    assert cost["steady_per_million"] == pytest.approx((0.75 * 0.66 / 390_000 + 0.4 / 400_000) * 1e6)
+    shown = dict(cost_rows({"cost": cost}))
+    assert shown["  of the cost start-up, until the first result"] == "16%"
+    assert shown["cost per million tested images, without start-up"] == "2.27 EUR"
+    older = {name: value for name, value in cost.items() if name not in ("startup", "steady_per_million")}
+    assert [name for name, _ in cost_rows({"cost": older}) if "start-up" in name] == [
+        "cost per million listed images, with start-up"
+    ]
+    short = record()
+    short["resources"] |= {"startup_seconds": 901.0}
+    cost = cost_of(short, PRICES)
+    assert cost["steady_per_million"] is None
+    shown = dict(cost_rows({"cost": cost}))
+    assert shown["cost per million tested images, without start-up"] == "too short a scan to tell"
+    assert shown["cost per million listed images, with start-up"] == "2.00 EUR"
 
 
 def test_alone_only_the_part_of_stages_grows():
@@ -228,10 +259,13 @@ def test_cost_stands_in_record_report_and_closing_table(corpus, ray_session, tmp
     assert found == commit.read_json(Store(config.output), "runs/paid.json")
     there, cost = found["resources"], found["cost"]
     assert (there["cpus"], there["gpus"], there["gets"], there["puts"]) == (2, 0, 0, 0)
+    assert there["startup_seconds"] == found["startup_seconds"] < there["seconds"]
+    assert there["tested"] == found["counts"]["listed"] and there["tested_after_startup"] < there["tested"]
     assert there["seconds"] == found["seconds"] and there["images"] == found["counts"]["listed"] > 0
     assert cost["parts"]["cpus"] == pytest.approx(2 * found["seconds"] / 100)
     assert cost["total"] == pytest.approx(cost["parts"]["cpus"] + cost["parts"]["storage"])
     page = (tmp_path / "out/runs/paid/report.html").read_text()
+    assert f">{money(cost['startup'], '').strip()}</td>" in page and "Per million tested images" in page
     assert "<h2>Cost</h2>" in page and f">{money(cost['total'], '').strip()}</td>" in page
     console = Console(file=io.StringIO(), width=120)
     console.print(closing_table(found))

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from models.intervals import interval
-from pipeline import schema, thresholds
+from pipeline import schema
 from pipeline.plan import Audit, Plan
-from pipeline.thresholds import OtherThresholds
+from pipeline.threshold_steps import short
+from pipeline.thresholds import AUDITED, OtherThresholds
 
 LIMITS = {"gore": 0.4, "weapon": 0.1, "hate": 0.6}
 
@@ -107,7 +108,7 @@ def test_what_the_page_shows_is_what_was_counted():
     (table,) = fed(plan_of("gore"), found, ledger)
     for row in table["rows"]:
         assert float(f"{row['threshold']:.10g}") == row["threshold"]
-    assert [thresholds.short(limit, 0.4) for limit in (0.123456, 0.987654, 0.99987654, 0.4001234, 0.3999)] == [
+    assert [short(limit, 0.4) for limit in (0.123456, 0.987654, 0.99987654, 0.4001234, 0.3999)] == [
         0.123, 0.9877, 0.999877, 0.40012, 0.3999
     ]  # fmt: skip
 
@@ -185,7 +186,7 @@ def test_the_audits_sample_says_what_lies_between_the_bounds():
     ]
     rows.append(rows[0] | {"decided_stage": "first", "scores": [0.399, 0.099, 0.599]})  # never got to the last round
     for part in (rows[:100], rows[100:], []):
-        others.add_audit(pa.Table.from_pylist(part, schema.AUDIT).select(thresholds.AUDITED))
+        others.add_audit(pa.Table.from_pylist(part, schema.AUDIT).select(AUDITED))
     for k, table in enumerate(others.of_categories()):
         for row in table["rows"]:
             if row["threshold"] >= LIMITS[table["category"]]:

@@ -29,6 +29,7 @@ from models.training import (
     read_checkpoint,
     score_groups,
     train,
+    warm_decay,
     write_checkpoint,
 )
 from models.weights import load_net
@@ -100,6 +101,18 @@ def test_a_net_learns_every_group_size():
         hosted[:, -1] = positives
         scores = [score_groups(trained, data.pixels_NSS3, groups)[:, 0] for groups in (clean, hosted)]
         assert np.median(scores[1]) > np.quantile(scores[0], 0.95), size
+
+
+def test_a_short_training_is_no_average_of_its_beginnings():
+    """With the default of 0.998 from the first step on, the average of 40 steps would be the net as it was initialised
+    for nine tenths."""
+    trainer = Trainer(net(), examples(), config(steps=40, learning_rate=5e-3))
+    start = weights(net())
+    while trainer.steps_done < 40:
+        trainer.step()
+    moved, behind = (weights(trainer.net) - start).norm(), (weights(trainer.net) - weights(trainer.average)).norm()
+    assert behind < 0.3 * moved
+    assert [warm_decay(0.998, steps) for steps in (1, 90, 10_000)] == [2 / 11, 0.91, 0.998]
 
 
 def test_frozen_segments_and_statistics_stay():

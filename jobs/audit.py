@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from jobs.cli import run_job
-from pipeline import commit
-from pipeline.audit import audit, audit_table, thresholds_table
-from pipeline.decisions import read_standing
 from pipeline.errors import RunError, UsageError
-from pipeline.output import open_output
-from pipeline.reviews import read_evidence, read_reviews
-from pipeline.sink import table_bytes
+from pipeline.output import commit
+from pipeline.output.opening import open_output
+from pipeline.output.sink import table_bytes
+from pipeline.review.audit import audit, audit_table, thresholds_table
+from pipeline.review.decisions import read_standing
+from pipeline.review.evidence import read_evidence, read_reviews
 from pipeline.storage import READ_PATIENCE, check_endpoint, storage_errors_as_usage
 from pipeline.store import Store
 

@@ -8,16 +8,16 @@ from typing import Any
 from rich.console import Console
 
 from jobs.cli import run_command
-from pipeline.bench import Report, Say
-from pipeline.bench_capacity import bench_capacity, capacity_report
-from pipeline.bench_decode import DecodeBenchConfig, bench_decode, decode_report
-from pipeline.bench_fetch import FetchBenchConfig, bench_fetch, fetch_report
-from pipeline.bench_models import ModelsConfig, bench_models, models_report
-from pipeline.bench_plans import PlansConfig, bench_plans, plans_report
-from pipeline.bench_scale import ScaleConfig, bench_scale, scale_report
-from pipeline.bench_scan import ScanBenchConfig, bench_scan, scan_report
-from pipeline.bench_stage import StageBenchConfig, bench_stage, stage_report
-from pipeline.capacity import CapacityConfig
+from pipeline.bench.capacity import CapacityConfig
+from pipeline.bench.decode import DecodeBenchConfig, bench_decode, decode_report
+from pipeline.bench.fetch import FetchBenchConfig, bench_fetch, fetch_report
+from pipeline.bench.measure import Report, Say
+from pipeline.bench.models import ModelsConfig, bench_models, models_report
+from pipeline.bench.night import bench_capacity, capacity_report
+from pipeline.bench.plans import PlansConfig, bench_plans, plans_report
+from pipeline.bench.scale import ScaleConfig, bench_scale, scale_report
+from pipeline.bench.scan import ScanBenchConfig, bench_scan, scan_report
+from pipeline.bench.stage import StageBenchConfig, bench_stage, stage_report
 
 # A table of results has a dozen columns: where there is no terminal to fit, it takes what it needs.
 WIDTH = 190

@@ -7,8 +7,8 @@ import time
 from rich.console import Console
 
 from jobs.cli import run_job
-from pipeline.calibrate import CalibrateConfig, run_calibrate
 from pipeline.storage import storage_errors_as_usage
+from pipeline.training.calibrate import CalibrateConfig, run_calibrate
 
 
 def run(config: CalibrateConfig) -> None:

@@ -8,10 +8,10 @@ from datetime import timedelta
 from rich.console import Console
 
 from jobs.cli import run_job
-from pipeline.clean import Litter, find_abandoned, find_litter
 from pipeline.errors import UsageError
-from pipeline.output import open_output
+from pipeline.output.opening import open_output
 from pipeline.storage import check_endpoint, storage_errors_as_usage
+from pipeline.tables.clean import Litter, find_abandoned, find_litter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from jobs import end
 from pipeline.documents import parse_yaml
-from pipeline.endings import ended_by_name
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
-from pipeline.events import Events, told_as_json
+from pipeline.reporting.events import Events, told_as_json
+from pipeline.run.endings import ended_by_name
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 

@@ -8,11 +8,11 @@ from datetime import timedelta
 from rich.console import Console
 
 from jobs.cli import run_job
-from pipeline.compact import TARGET_BYTES, compact, runs_to_compact
-from pipeline.compact_reviews import compact_reviews
 from pipeline.errors import UsageError
-from pipeline.output import open_output
+from pipeline.output.opening import open_output
 from pipeline.storage import check_endpoint, storage_errors_as_usage
+from pipeline.tables.compact import TARGET_BYTES, compact, runs_to_compact
+from pipeline.tables.compact_reviews import compact_reviews
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 
 from jobs.cli import run_job
-from pipeline.corpus import CorpusConfig, make_corpus
+from pipeline.labels.corpus import CorpusConfig, make_corpus
 
 
 def run(config: CorpusConfig) -> None:

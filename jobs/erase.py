@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from jobs.cli import run_job
-from pipeline.erase import Subject, erase
 from pipeline.errors import UsageError
-from pipeline.output import open_output
+from pipeline.output.opening import open_output
 from pipeline.storage import check_endpoint, storage_errors_as_usage
+from pipeline.tables.erase import Subject, erase
 
 
 @dataclass(frozen=True, kw_only=True)

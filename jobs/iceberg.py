@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jobs.cli import run_job
 from pipeline.errors import UsageError
-from pipeline.output import open_output
+from pipeline.output.opening import open_output
 from pipeline.storage import check_endpoint, storage_errors_as_usage
 
 
@@ -37,7 +37,7 @@ class JobConfig:
 
 def run(config: JobConfig) -> None:
     try:
-        from pipeline.iceberg import open_catalog, publish  # noqa: PLC0415  pyiceberg is an extra
+        from pipeline.tables.iceberg import open_catalog, publish  # noqa: PLC0415  pyiceberg is an extra
     except ModuleNotFoundError as error:
         raise UsageError(
             f"Iceberg tables need the extra 'iceberg' ({error.name} is missing): pip install 'dorfman[iceberg]'"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from jobs.cli import run_job
-from pipeline.plan_job import PlanConfig, plan_from_scores
+from pipeline.planning.job import PlanConfig, plan_from_scores
 from pipeline.storage import storage_errors_as_usage
 
 

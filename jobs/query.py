@@ -15,9 +15,9 @@ from rich.console import Console
 
 from jobs.cli import run_job
 from pipeline.errors import UsageError
-from pipeline.output import open_output
+from pipeline.output.opening import open_output
 from pipeline.storage import check_endpoint, parse_uri, storage_errors_as_usage
-from pipeline.tables import open_tables, sql_session
+from pipeline.tables.sql import open_tables, sql_session
 
 ROWS_SHOWN = 1000
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")

@@ -10,14 +10,14 @@ from typing import Literal
 from rich.console import Console
 
 from jobs.cli import run_job
-from pipeline.appeals import read_appeals
 from pipeline.errors import UsageError
-from pipeline.output import open_output
-from pipeline.review_desk import Desk
-from pipeline.review_picture import Pictures
-from pipeline.review_queue import newest_run, read_queue
-from pipeline.review_rules import check_reviewer
-from pipeline.review_server import serve
+from pipeline.output.opening import open_output
+from pipeline.review.appeals import read_appeals
+from pipeline.review.desk import Desk
+from pipeline.review.picture import Pictures
+from pipeline.review.queue import newest_run, read_queue
+from pipeline.review.rules import check_reviewer
+from pipeline.review.server import serve
 from pipeline.storage import check_endpoint, storage_errors_as_usage
 
 

@@ -9,13 +9,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from jobs.cli import run_job
-from pipeline.demo import SOURCE, demo_corpus
 from pipeline.errors import UsageError
-from pipeline.events import Events, configure
-from pipeline.nets import check_models
+from pipeline.labels.demo import SOURCE, demo_corpus
 from pipeline.plan import load_plan
-from pipeline.progress import closing_table
-from pipeline.scan import ScanConfig, check_accepted, check_owners_files, run_scan
+from pipeline.reporting.events import Events, configure
+from pipeline.reporting.progress import closing_table
+from pipeline.run.scan import ScanConfig, check_accepted, check_owners_files, run_scan
+from pipeline.steps.nets import check_models
 from pipeline.store import Store
 
 

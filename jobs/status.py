@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 
 from jobs.cli import run_job
-from pipeline.baseline import accept
 from pipeline.errors import UsageError
-from pipeline.metrics import exposition
-from pipeline.output import open_output
-from pipeline.runs import Run, details, follow, line, list_runs, read_run, samples, table
+from pipeline.output.opening import open_output
+from pipeline.past.baseline import accept
+from pipeline.reporting.metrics import exposition
+from pipeline.reporting.runs import Run, details, follow, line, list_runs, read_run, samples, table
 from pipeline.storage import check_endpoint, storage_errors_as_usage
 
 WIDTH = 160

@@ -15,10 +15,10 @@ from rich.console import Console
 from jobs import scan
 from jobs.cli import parse, run_job
 from pipeline.errors import UsageError
-from pipeline.follow import Follower
-from pipeline.head import connect
-from pipeline.scan import new_run_id
-from pipeline.submission import Job, check_files, newest_job, pack, scan_job, submit
+from pipeline.run.follow import Follower
+from pipeline.run.head import connect
+from pipeline.run.scan import new_run_id
+from pipeline.run.submission import Job, check_files, newest_job, pack, scan_job, submit
 
 JOBS = sorted({path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} - {"cli", "submit"})
 ADDRESS = "http://localhost:8265"

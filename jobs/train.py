@@ -6,7 +6,7 @@ from rich.console import Console
 
 from jobs.cli import run_job
 from models.training import Progress
-from pipeline.fit import TrainConfig, fit
+from pipeline.training.fit import TrainConfig, fit
 
 
 def run(config: TrainConfig) -> None:

@@ -16,18 +16,20 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.exceptions import ExecutionTimeoutError
 
-from pipeline.bank import Banks
-from pipeline.contents import Contents
-from pipeline.decode import Decoder
-from pipeline.device import accelerator
 from pipeline.errors import RunError
-from pipeline.examples import PictureReader
-from pipeline.fetch import Fetcher
-from pipeline.manifest import Shard
-from pipeline.nets import Models
+from pipeline.labels.examples import PictureReader
+from pipeline.listing.manifest import Shard
+from pipeline.output.policy import REVIEW_ALL, Policy
+from pipeline.output.sink import Sink
+from pipeline.past.contents import Contents
 from pipeline.plan import Plan, Pool
-from pipeline.policy import REVIEW_ALL, Policy
-from pipeline.rows import (
+from pipeline.reporting.watch import Watch
+from pipeline.steps.bank import Banks
+from pipeline.steps.decode import Decoder
+from pipeline.steps.device import accelerator
+from pipeline.steps.fetch import Fetcher
+from pipeline.steps.nets import Models
+from pipeline.steps.rows import (
     GroupsToScores,
     Operator,
     RefsToReceipts,
@@ -40,9 +42,7 @@ from pipeline.rows import (
     build_scorer,
     build_stage,
 )
-from pipeline.sink import Sink
 from pipeline.store import Store
-from pipeline.watch import Watch
 
 # Above what one window of hanging files may take its decoder: see decode.py.
 NO_PROGRESS_SECONDS = 420

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.scores import Arrangement, Candidate, Scores
+from pipeline.planning.scores import Arrangement, Candidate, Scores
 
 # GMAC of the authors' tests, and of one that begins from features that are there (retests of a feature merge).
 GMAC = {

@@ -42,7 +42,7 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    from pipeline.demo import serve_s3
+    from pipeline.labels.demo import serve_s3
 
     with serve_s3() as endpoint_url:
         yield endpoint_url
@@ -71,7 +71,7 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """320 small pictures, every eighth with the emblem, and their labels."""
-    from pipeline.corpus import CorpusConfig, make_corpus
+    from pipeline.labels.corpus import CorpusConfig, make_corpus
 
     folder = tmp_path_factory.mktemp("corpus")
     make_corpus(CorpusConfig(output=str(folder), images=320, prevalence=0.125, seed=990, sides=(120, 260)))

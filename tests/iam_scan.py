@@ -15,8 +15,8 @@ from pathlib import Path
 import boto3
 from botocore.exceptions import ClientError
 
-from pipeline.demo import serve_s3
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.labels.demo import serve_s3
+from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from tests.conftest import upload
 

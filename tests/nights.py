@@ -7,7 +7,7 @@ from functools import reduce
 
 import numpy as np
 
-from pipeline.estimate import NOT_REVIEWED, Reviewed
+from pipeline.review.estimate import NOT_REVIEWED, Reviewed
 
 STAGES = np.array(["screen", "single"], object)
 

@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import run_job
-from pipeline import commit, schema
+from pipeline import schema
 from pipeline.flow import Destination
+from pipeline.listing.source import image_id
+from pipeline.output import commit
+from pipeline.output.sink import Sink, table_bytes
 from pipeline.plan import Plan
-from pipeline.scan import ScanConfig, run_scan
-from pipeline.sink import Sink, table_bytes
-from pipeline.source import image_id
+from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.store import Store, digest
 from pipeline.window import OUTCOMES, GroupTest, Image, Window, Work
 
@@ -119,8 +120,8 @@ def scan_by_hand(
             yield from sink([window])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.driver.stream", stream)
-        for name in ("pipeline.driver.ray_session", "pipeline.scan.starting_ray"):
+        patch.setattr("pipeline.run.driver.stream", stream)
+        for name in ("pipeline.run.driver.ray_session", "pipeline.run.scan.starting_ray"):
             patch.setattr(name, lambda *_: nullcontext())
         config = ScanConfig(source=str(source), output=output, plan=str(plan), run_id=run_id, salt="s", **options)
         return run_scan(config)

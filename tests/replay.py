@@ -1,6 +1,6 @@
 """What a sequence of tests does on images whose groups have been scored: what the planner's estimates are held against.
 
-It counts tests as a scan makes them, where ``pipeline/field.py`` weighs places by how often they occur. An image goes
+It counts tests as a scan makes them, where ``planning/field.py`` weighs places by how often they occur. An image goes
 on from a step when its group is positive there; what every step finds positive is flagged.
 
 Shapes: A places where an image stands among companions (one image may stand at several, with others), G groups of

@@ -15,14 +15,15 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline import commit, schema
+from pipeline import schema
+from pipeline.listing.source import file_etag, image_id
+from pipeline.output import commit
+from pipeline.output.sink import table_bytes
 from pipeline.plan import Preparation
-from pipeline.review_desk import Desk
-from pipeline.review_picture import Pictures
-from pipeline.review_queue import read_queue
-from pipeline.review_server import ReviewServer
-from pipeline.sink import table_bytes
-from pipeline.source import file_etag, image_id
+from pipeline.review.desk import Desk
+from pipeline.review.picture import Pictures
+from pipeline.review.queue import read_queue
+from pipeline.review.server import ReviewServer
 from pipeline.storage import parse_uri
 from pipeline.store import Store, digest
 from pipeline.window import OUTCOMES

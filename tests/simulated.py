@@ -14,11 +14,11 @@ from multiprocessing import get_context
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pipeline.blocks import screen_thresholds
-from pipeline.calibrate import CalibrateConfig
-from pipeline.calibration import Prevalence
-from pipeline.routes import Route
-from pipeline.scores import Arrangement, Candidate, Scores, to_logits, to_scores
+from pipeline.planning.calibration import Prevalence
+from pipeline.planning.routes import Route
+from pipeline.planning.scores import Arrangement, Candidate, Scores, to_logits, to_scores
+from pipeline.training.blocks import screen_thresholds
+from pipeline.training.calibrate import CalibrateConfig
 
 LENGTH = 16
 COMPANIONS = CalibrateConfig.companions

@@ -25,12 +25,16 @@ from scipy.stats import binom, chi2
 from jobs import audit as job
 from jobs.cli import run_job
 from models.intervals import Weighted, interval, weighted_count_interval, weighted_share_interval
-from pipeline import commit, schema
-from pipeline.audit import audit, audit_table, thresholds_table
-from pipeline.commit import Attempt, Ledger
-from pipeline.erase import Subject, erase
+from pipeline import schema
 from pipeline.errors import RunError, UsageError
-from pipeline.estimate import (
+from pipeline.labels.examples import read_labels
+from pipeline.output import commit
+from pipeline.output.commit import Attempt, Ledger
+from pipeline.output.sample import Sampler
+from pipeline.output.sink import Rows, Sink
+from pipeline.plan import Audit, parse_plan
+from pipeline.review.audit import audit, audit_table, thresholds_table
+from pipeline.review.estimate import (
     NOT_REVIEWED,
     Reviewed,
     estimate,
@@ -39,13 +43,10 @@ from pipeline.estimate import (
     recall_at_most,
     share_to_review,
 )
-from pipeline.examples import read_labels
-from pipeline.plan import Audit, parse_plan
-from pipeline.reviews import Evidence
-from pipeline.sample import Sampler
-from pipeline.scan import ScanConfig, run_scan
-from pipeline.sink import Rows, Sink
+from pipeline.review.evidence import Evidence
+from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.store import Store
+from pipeline.tables.erase import Subject, erase
 from tests.conftest import GROUPS, small_plan
 from tests.nights import World, night, pooled
 from tests.test_commit import Run

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image as Pillow
 from PIL import ImageEnhance
 
-from pipeline.bank import Banks, Frozen, freeze_banks, ignored_entries
 from pipeline.errors import UsageError
-from pipeline.picture import decode_picture
 from pipeline.plan import BankSpec, load_plan, parse_plan
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.run.scan import ScanConfig, run_scan
+from pipeline.steps.bank import Banks, Frozen, freeze_banks, ignored_entries
+from pipeline.steps.picture import decode_picture
 from pipeline.store import Store
 from pipeline.window import Image, Window
 from tests.conftest import QUICK, small_plan

@@ -13,10 +13,20 @@ import pytest
 from PIL import Image as Pillow
 from rich.console import Console
 
-from pipeline.bench import Clock, Rival, Sample, named, plot_rates, rate_table, result_of, take_turns, write_result
-from pipeline.bench_decode import DecodeBenchConfig, bench_decode, decode_report
-from pipeline.bench_scan import NAMES, ScanBenchConfig, bench_scan, scan_report
-from pipeline.bench_stage import StageBenchConfig, bench_stage, stage_report
+from pipeline.bench.decode import DecodeBenchConfig, bench_decode, decode_report
+from pipeline.bench.measure import (
+    Clock,
+    Rival,
+    Sample,
+    named,
+    plot_rates,
+    rate_table,
+    result_of,
+    take_turns,
+    write_result,
+)
+from pipeline.bench.scan import NAMES, ScanBenchConfig, bench_scan, scan_report
+from pipeline.bench.stage import StageBenchConfig, bench_stage, stage_report
 from pipeline.errors import UsageError
 from tests.conftest import QUICK, small_plan
 

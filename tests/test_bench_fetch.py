@@ -16,12 +16,12 @@ from aiohttp import web
 
 from jobs.benchmark import COMMANDS
 from jobs.cli import run_command
-from pipeline import bench_fetch as module
-from pipeline.bench_fetch import FetchBenchConfig, Objects, bench_fetch, fetch_notes, serve_folder
+from pipeline.bench import fetch as module
+from pipeline.bench.fetch import FetchBenchConfig, Objects, bench_fetch, fetch_notes, serve_folder
 from pipeline.errors import RunError, UsageError
-from pipeline.fetch import Fetcher
+from pipeline.listing.source import image_id, list_source
 from pipeline.plan import Preparation
-from pipeline.source import image_id, list_source
+from pipeline.steps.fetch import Fetcher
 from pipeline.storage import Location
 from pipeline.store import Store
 from pipeline.window import Image, Window

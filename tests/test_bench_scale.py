@@ -16,9 +16,11 @@ import yaml
 
 from jobs.benchmark import COMMANDS
 from jobs.cli import parse, run_command
-from pipeline import bench_scale, commit
-from pipeline.bench_capacity import bench_capacity, capacity_report
-from pipeline.bench_scale import (
+from pipeline.bench import scale as bench_scale
+from pipeline.bench.capacity import CapacityConfig, limits, plan_night
+from pipeline.bench.idle import IdleFetcher
+from pipeline.bench.night import bench_capacity, capacity_report
+from pipeline.bench.scale import (
     PICTURES,
     ScaleConfig,
     Trace,
@@ -30,16 +32,15 @@ from pipeline.bench_scale import (
     watch,
     write_listing,
 )
-from pipeline.capacity import CapacityConfig, limits, plan_night
-from pipeline.commit import Ledger
+from pipeline.bench.simulation import Driver, Play
 from pipeline.errors import RunError, UsageError
 from pipeline.flow import window_refs
-from pipeline.idle import IdleFetcher
-from pipeline.manifest import build_manifest
+from pipeline.listing.manifest import build_manifest
+from pipeline.listing.source import list_source
+from pipeline.output import commit
+from pipeline.output.commit import Ledger
+from pipeline.output.sink import Sink
 from pipeline.plan import WindowSpec, parse_plan
-from pipeline.simulation import Driver, Play
-from pipeline.sink import Sink
-from pipeline.source import list_source
 from pipeline.store import Store
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.yaml"

@@ -18,14 +18,14 @@ from jobs.cli import run_command
 from models.backbone import Trunk
 from models.group_net import GroupNet, MergePoint
 from models.weights import load_net, save_net
-from pipeline.bench_models import ModelsConfig, bench_models
-from pipeline.calibration import highest_keeping
-from pipeline.examples import LabelledPictures, split_off
-from pipeline.group_plans import ALGORITHMS, Fitting, Net, group_threshold, load_nets, make_entries
+from pipeline.bench.group_plans import ALGORITHMS, Fitting, Net, group_threshold, load_nets, make_entries
+from pipeline.bench.models import ModelsConfig, bench_models
+from pipeline.bench.prevalence import Effort, Judge, Judged, StageRun
+from pipeline.labels.examples import LabelledPictures, split_off
+from pipeline.labels.splits import LabelledPixels, read_splits
 from pipeline.plan import Plan, StageSpec, WindowSpec, load_plan, parse_plan
-from pipeline.prevalence import Effort, Judge, Judged, StageRun
-from pipeline.splits import LabelledPixels, read_splits
-from pipeline.stages import GroupStage
+from pipeline.planning.calibration import highest_keeping
+from pipeline.steps.stages import GroupStage
 from pipeline.window import Image as WindowImage
 from pipeline.window import Window
 

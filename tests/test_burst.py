@@ -20,14 +20,14 @@ from models.backbone import Trunk
 from models.cost import gmac_per_test, segment_gmac
 from models.group_net import GroupNet, MergePoint
 from models.weights import save_net
-from pipeline.burst import burst_rule
+from pipeline.bench.prevalence import Judge
 from pipeline.errors import UsageError
+from pipeline.output.sink import Rows
+from pipeline.output.tally import Tally, stage_rows
 from pipeline.plan import BurstRule, Plan, StageSpec, load_plan, parse_plan
-from pipeline.prevalence import Judge
-from pipeline.progress import closing_table
-from pipeline.sink import Rows
-from pipeline.stages import GroupStage
-from pipeline.tally import Tally, stage_rows
+from pipeline.planning.burst import burst_rule
+from pipeline.reporting.progress import closing_table
+from pipeline.steps.stages import GroupStage
 from pipeline.window import Image, Window, windows_from_table, windows_to_table
 
 SIDE = 64

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from pipeline.calibration import Prevalence, certified_offset, misses_allowed, positives_needed, recall_bound
 from pipeline.errors import UsageError
-from pipeline.field import Field
-from pipeline.proposal import Request, propose, search
+from pipeline.planning.calibration import Prevalence, certified_offset, misses_allowed, positives_needed, recall_bound
+from pipeline.planning.field import Field
+from pipeline.planning.proposal import Request, propose, search
 from tests.simulated import PREVALENCE, Truth, World, calibrate, one_thread_each
 
 RECALL = 0.95

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.run.scan import ScanConfig, run_scan
 from tests.conftest import QUICK, small_plan
 
 KINDS = ("actor", "worker", "decoder", "node", "driver")

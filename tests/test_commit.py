@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import commit
-from pipeline.commit import Ledger
 from pipeline.errors import RunError
-from pipeline.fetch import Fetcher
 from pipeline.flow import window_refs
-from pipeline.manifest import build_manifest
+from pipeline.listing.manifest import build_manifest
+from pipeline.output import commit
+from pipeline.output.commit import Ledger
+from pipeline.output.sink import Sink
+from pipeline.output.tally import SECONDS, Tally, stage_rows
 from pipeline.plan import Preparation, WindowSpec, parse_plan
-from pipeline.sink import Sink
+from pipeline.steps.fetch import Fetcher
 from pipeline.storage import s3_client
 from pipeline.store import Store
-from pipeline.tally import SECONDS, Tally, stage_rows
 from pipeline.window import GroupTest, Image, Window, Work, windows_from_table, windows_to_table
 from tests.test_plan import content
 

@@ -16,16 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import compact as job
-from pipeline import commit, schema
-from pipeline.clean import find_litter
-from pipeline.compact import compact, pack, runs_to_compact
-from pipeline.erase import Subject, erase
+from pipeline import schema
 from pipeline.errors import RunError, StoreError, UsageError
-from pipeline.retry import list_failed, read_parent
-from pipeline.reviews import read_evidence
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.output import commit
+from pipeline.past.retry import list_failed, read_parent
+from pipeline.review.evidence import read_evidence
+from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from pipeline.store import Store, digest
+from pipeline.tables.clean import find_litter
+from pipeline.tables.compact import compact, pack, runs_to_compact
+from pipeline.tables.erase import Subject, erase
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand
 from tests.test_custody import age

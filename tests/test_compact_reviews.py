@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from jobs import compact as job
-from pipeline import decisions, leases
-from pipeline.compact_reviews import compact_reviews
-from pipeline.decisions import file_key, read_all, read_standing, review_files, write_decision
-from pipeline.erase import Subject, erase
 from pipeline.errors import RunError, StoreError
-from pipeline.leases import LEASE_SECONDS, alone
-from pipeline.review_log import ReviewLog, rows_of
+from pipeline.review import decisions, leases
+from pipeline.review.decisions import file_key, read_all, read_standing, review_files, write_decision
+from pipeline.review.leases import LEASE_SECONDS, alone
+from pipeline.review.log import ReviewLog, rows_of
 from pipeline.store import Store
-from pipeline.tables import open_tables, sql_session
+from pipeline.tables.compact_reviews import compact_reviews
+from pipeline.tables.erase import Subject, erase
+from pipeline.tables.sql import open_tables, sql_session
 from tests.outputs import run_here
 from tests.review_pages import flagged_row, write_run
 from tests.test_jobs import expect

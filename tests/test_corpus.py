@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.corpus import (
+from pipeline.errors import UsageError
+from pipeline.labels.corpus import (
     CorpusConfig,
     choose_categories,
     draw_picture,
@@ -18,10 +19,9 @@ from pipeline.corpus import (
     list_photos,
     make_corpus,
 )
-from pipeline.emblem import EMBLEMS, LOOK_ALIKES, Sign, draw_palette, stamp
-from pipeline.errors import UsageError
-from pipeline.examples import read_labels
-from pipeline.picture import decode_picture
+from pipeline.labels.emblem import EMBLEMS, LOOK_ALIKES, Sign, draw_palette, stamp
+from pipeline.labels.examples import read_labels
+from pipeline.steps.picture import decode_picture
 
 ALL = tuple(EMBLEMS)
 

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import commit
-from pipeline.clean import find_abandoned, find_litter
-from pipeline.commit import Ledger
 from pipeline.errors import RunError, UsageError
+from pipeline.output import commit
+from pipeline.output.commit import Ledger
 from pipeline.store import Store
+from pipeline.tables.clean import find_abandoned, find_litter
 from tests.conftest import QUICK, small_plan, upload
 from tests.faults import Faults, fault_proxy
 from tests.test_commit import Run
@@ -298,7 +298,7 @@ def check_erased(output: Path, uri: str) -> None:
 
 @pytest.mark.parametrize("writes", range(1, 9))
 def test_an_erasure_that_was_interrupted_is_finished_by_the_next(copied, monkeypatch, writes):
-    from pipeline import erase as module
+    from pipeline.tables import erase as module
 
     output, victim = copied
     subject = module.Subject(uris=(victim["source_uri"],))
@@ -319,7 +319,7 @@ def test_an_erasure_that_was_interrupted_is_finished_by_the_next(copied, monkeyp
 
 
 def test_an_erasure_finds_a_run_whose_state_was_removed(copied):
-    from pipeline.erase import Subject, erase
+    from pipeline.tables.erase import Subject, erase
 
     output, victim = copied
     subprocess.run(["rm", "-r", str(output / "_state")], check=True)
@@ -328,7 +328,7 @@ def test_an_erasure_finds_a_run_whose_state_was_removed(copied):
 
 
 def test_an_erasure_does_not_vouch_for_a_table_that_somebody_changed(copied):
-    from pipeline.erase import Subject, erase
+    from pipeline.tables.erase import Subject, erase
 
     output, victim = copied
     (path,) = output.glob("ledger/*/*.parquet")

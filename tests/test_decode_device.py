@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from pipeline import decode_device
-from pipeline.decode import Decoder
-from pipeline.decode_device import DeviceDecoder
 from pipeline.errors import UsageError
 from pipeline.plan import Preparation, parse_plan
+from pipeline.steps import decode_device
+from pipeline.steps.decode import Decoder
+from pipeline.steps.decode_device import DeviceDecoder
 from pipeline.window import Window
 from tests.conftest import QUICK
 from tests.test_picture import GOOD, save, scene, window
@@ -76,7 +76,7 @@ def test_files_that_the_device_refuses_go_to_the_child(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("Error while decoding JPEG images: 2")
 
-    monkeypatch.setattr("pipeline.decode_device.decode_jpeg", refuse)
+    monkeypatch.setattr("pipeline.steps.decode_device.decode_jpeg", refuse)
     child, there = both("cpu", 32, GOOD["jpeg"][0], GOOD["png"][0])
     assert np.array_equal(there.pixels, child.pixels) and verdicts(there) == verdicts(child)
 
@@ -89,9 +89,9 @@ def test_large_pictures_are_decoded_a_few_at_a_time(monkeypatch):
         calls.append(len(files))
         return original(files, *args, **options)
 
-    monkeypatch.setattr("pipeline.decode_device.BATCH_PIXELS", 2 * 480 * 320)
-    monkeypatch.setattr("pipeline.decode_device.RESIZED_PIXELS", 480 * 320)
-    monkeypatch.setattr("pipeline.decode_device.decode_jpeg", counted)
+    monkeypatch.setattr("pipeline.steps.decode_device.BATCH_PIXELS", 2 * 480 * 320)
+    monkeypatch.setattr("pipeline.steps.decode_device.RESIZED_PIXELS", 480 * 320)
+    monkeypatch.setattr("pipeline.steps.decode_device.decode_jpeg", counted)
     child, there = both("cpu", 32, *[turned(1)] * 5)
     assert calls == [2, 2, 1] and verdicts(there) == verdicts(child) and len(there.pixels) == 5
 

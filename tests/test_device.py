@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline import device
-from pipeline.device import accelerator, open_device
 from pipeline.errors import RunError, UsageError
-from pipeline.nets import check_models
 from pipeline.plan import StageSpec, load_plan
-from pipeline.rows import WindowsToWindows
-from pipeline.scoring import GroupScorer
-from pipeline.stages import GroupStage
+from pipeline.steps import device
+from pipeline.steps.device import accelerator, open_device
+from pipeline.steps.nets import check_models
+from pipeline.steps.rows import WindowsToWindows
+from pipeline.steps.scoring import GroupScorer
+from pipeline.steps.stages import GroupStage
 from pipeline.window import windows_to_table
 
 SPEC = StageSpec(

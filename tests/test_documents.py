@@ -18,15 +18,15 @@ import pytest
 import yaml
 from ray.scripts.scripts import cli as ray_cli
 
-from pipeline import commit
 from pipeline.codes import CODES
 from pipeline.errors import ReaderGone, RunError, RunStopped, RunSuspect, Terminated, UsageError
+from pipeline.output import commit
+from pipeline.output.policy import read_policy
 from pipeline.plan import BankSpec, load_plan
-from pipeline.policy import read_policy
-from pipeline.runs import STATES
+from pipeline.reporting.runs import STATES
 from pipeline.storage import s3_client
 from pipeline.store import Store
-from pipeline.tables import open_tables, sql_session
+from pipeline.tables.sql import open_tables, sql_session
 from tests.conftest import QUICK as QUICK_PLAN
 from tests.conftest import small_plan, upload
 from tests.documents import (
@@ -420,7 +420,7 @@ OF_OTHERS = {"ExpiredToken", "Missing authentication token", "Invalid authentica
 
 
 def test_lines_that_the_runbook_quotes_are_said_somewhere():
-    sources = "".join(path.read_text() for path in sorted((ROOT / "pipeline").glob("*.py")))
+    sources = "".join(path.read_text() for path in sorted((ROOT / "pipeline").rglob("*.py")))
     said = re.sub(r'"\s*\n\s*f?"', "", sources)
     rows = re.findall(
         r"^\| (`.+?) \|",

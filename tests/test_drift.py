@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import corpus
-from pipeline.corpus import CorpusConfig, draw_picture, encode, make_corpus
-from pipeline.emblem import EMBLEMS, LOOK_ALIKES
-from pipeline.gates import FEWEST_RUNS
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.labels import corpus
+from pipeline.labels.corpus import CorpusConfig, draw_picture, encode, make_corpus
+from pipeline.labels.emblem import EMBLEMS, LOOK_ALIKES
+from pipeline.past.gates import FEWEST_RUNS
+from pipeline.run.scan import ScanConfig, run_scan
 from tests.conftest import small_plan
 
 IMAGES = 640

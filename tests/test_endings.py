@@ -18,8 +18,8 @@ import pytest
 
 from jobs import clean, query, status
 from jobs.cli import run_job
-from pipeline.endings import catch_sigterm, ended_by_name
 from pipeline.errors import Terminated
+from pipeline.run.endings import catch_sigterm, ended_by_name
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
 from tests.outputs import judged, write_night

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from jobs import scan, status
-from pipeline import events
 from pipeline.errors import RunError, UsageError
-from pipeline.events import Events, configure
+from pipeline.reporting import events
+from pipeline.reporting.events import Events, configure
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import RunError
-from pipeline.failure import ADVICE, one_line
+from pipeline.run.failure import ADVICE, one_line
 
 TRACEBACK = "ray::scan()\nTraceback (most recent call last):\n  File x, line 1\nOSError: the disk is full"
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import fetch as module
-from pipeline.fetch import Fetcher
 from pipeline.plan import Preparation
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.run.scan import ScanConfig, run_scan
+from pipeline.steps import fetch as module
+from pipeline.steps.fetch import Fetcher
 from pipeline.storage import s3_client
 from pipeline.store import Store
 from pipeline.window import Image, Window

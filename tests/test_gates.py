@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jobs import scan, status
-from pipeline import commit
-from pipeline.baseline import drift, earlier_runs
-from pipeline.gates import FALSE_ALARMS, FEWEST_RUNS, MOST_RUNS, interval, judge, rates, scaled, scaled_interval
-from pipeline.records import PastRuns
+from pipeline.output import commit
+from pipeline.past.baseline import drift, earlier_runs
+from pipeline.past.gates import FALSE_ALARMS, FEWEST_RUNS, MOST_RUNS, interval, judge, rates, scaled, scaled_interval
+from pipeline.past.records import PastRuns
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand

@@ -13,11 +13,11 @@ from pyiceberg.catalog import Catalog, load_catalog
 
 from jobs import iceberg as job
 from pipeline import schema
-from pipeline.compact import compact
 from pipeline.errors import RunError
-from pipeline.iceberg import RUN_ID, open_catalog, publish
 from pipeline.store import Store
-from pipeline.tables import with_scan_date
+from pipeline.tables.compact import compact
+from pipeline.tables.iceberg import RUN_ID, open_catalog, publish
+from pipeline.tables.sql import with_scan_date
 from tests.outputs import judged, run_here, unchanged, write_night
 from tests.test_jobs import expect
 
@@ -36,7 +36,7 @@ def catalog(tmp_path, monkeypatch) -> Catalog:
     described = {"type": "sql", "uri": f"sqlite:///{tmp_path}/catalog.db", "warehouse": f"file://{tmp_path}/warehouse"}
     load = functools.partial(load_catalog, **described)
     monkeypatch.setattr(
-        "pipeline.iceberg.load_catalog", lambda name: load(name) if name == "local" else load_catalog(name)
+        "pipeline.tables.iceberg.load_catalog", lambda name: load(name) if name == "local" else load_catalog(name)
     )
     return open_catalog("local", "nights")
 
@@ -91,7 +91,7 @@ def test_what_expired_snapshots_published_is_not_published_again(store, catalog)
 
 @pytest.mark.parametrize("rival", ["mon", "tue"])
 def test_of_two_publishers_at_once_one_wins_and_the_other_looks_again(store, catalog, monkeypatch, rival):
-    from pipeline import iceberg as module
+    from pipeline.tables import iceberg as module
 
     append = module._append
     came = []
@@ -157,5 +157,5 @@ def test_the_command_line(store, catalog, tmp_path, monkeypatch):
         ".pyiceberg.yaml",
     )
     monkeypatch.setitem(sys.modules, "pyiceberg.catalog", None)
-    monkeypatch.delitem(sys.modules, "pipeline.iceberg")
+    monkeypatch.delitem(sys.modules, "pipeline.tables.iceberg")
     expect(run_here(job, *publishing), 2, "pip install 'dorfman[iceberg]'")

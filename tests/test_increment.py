@@ -23,26 +23,27 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from rich.console import Console
 
-from pipeline import commit, takeover
-from pipeline.comparable import find_earlier, judged_otherwise, under_other_policy
-from pipeline.contents import Contents, write_contents
-from pipeline.earlier import write_earlier
 from pipeline.errors import RunStopped, UsageError
-from pipeline.increment import Earlier, Increment
-from pipeline.inventory import scope
-from pipeline.limits import Budget, Limits
-from pipeline.manifest import Shard, build_manifest
-from pipeline.metrics import of_run
+from pipeline.listing.increment import Earlier, Increment
+from pipeline.listing.inventory import scope
+from pipeline.listing.manifest import Shard, build_manifest
+from pipeline.listing.source import image_id, list_source
+from pipeline.output import commit
+from pipeline.output.tally import Tally
+from pipeline.past.comparable import find_earlier, judged_otherwise, under_other_policy
+from pipeline.past.contents import Contents, write_contents
+from pipeline.past.earlier import write_earlier
 from pipeline.plan import WindowSpec
-from pipeline.progress import closing_table
-from pipeline.runs import read_run
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.reporting import takeover
+from pipeline.reporting.metrics import of_run
+from pipeline.reporting.progress import closing_table
+from pipeline.reporting.runs import read_run
+from pipeline.run.limits import Budget, Limits
+from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.schema import EARLIER, FLAGGED, LEDGER
-from pipeline.source import image_id, list_source
 from pipeline.storage import s3_client
 from pipeline.store import Store, digest
-from pipeline.tables import open_tables, sql_session
-from pipeline.tally import Tally
+from pipeline.tables.sql import open_tables, sql_session
 from tests.conftest import QUICK, small_plan
 
 ALONE = {
@@ -505,8 +506,8 @@ def test_records_of_older_versions_say_what_they_know():
 
 def test_content_is_found_whatever_it_is_called(tmp_path, monkeypatch):
     """In several parts, against a dictionary; where copies disagree the content counts as flagged."""
-    monkeypatch.setattr("pipeline.ordering.RUN_ROWS", 5)
-    monkeypatch.setattr("pipeline.ordering.SLICE_ROWS", 6)
+    monkeypatch.setattr("pipeline.listing.ordering.RUN_ROWS", 5)
+    monkeypatch.setattr("pipeline.listing.ordering.SLICE_ROWS", 6)
     store = Store(str(tmp_path / "out"))
     digests = [hashlib.sha256(bytes([number])).hexdigest() for number in range(20)]
     finding = {"category": "automobile", "score": 0.5, "threshold": 0.25, "decided_stage": "s", "plan_version": "p"}

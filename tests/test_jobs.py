@@ -15,7 +15,7 @@ import yaml
 
 from jobs import scan
 from jobs.cli import parse, run_job
-from pipeline.examples import read_labels
+from pipeline.labels.examples import read_labels
 from tests.conftest import small_plan
 
 

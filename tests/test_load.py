@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Pillow
 
-from pipeline.bench_fetch import serve_folder
+from pipeline.bench.fetch import serve_folder
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
 from tests.test_jobs import expect, refuse

@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline import commit
-from pipeline.commit import Ledger
-from pipeline.exporter import Exporter
-from pipeline.fetch import Fetcher
-from pipeline.metrics import METRICS, STEP_COUNTERS, Sample, counted, exposition, of_heartbeat, of_run
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.output import commit
+from pipeline.output.commit import Ledger
+from pipeline.output.tally import Tally
+from pipeline.reporting.exporter import Exporter
+from pipeline.reporting.metrics import METRICS, STEP_COUNTERS, Sample, counted, exposition, of_heartbeat, of_run
+from pipeline.run.scan import ScanConfig, run_scan
+from pipeline.steps.fetch import Fetcher
 from pipeline.store import Store
-from pipeline.tally import Tally
 from tests.conftest import QUICK, small_plan
 from tests.test_commit import Run
 
@@ -104,8 +104,8 @@ def test_what_is_told_before_ray_is_there_waits(monkeypatch):
 
         set = observe = inc
 
-    monkeypatch.setattr("pipeline.exporter.KINDS", {"counter": Told, "gauge": Told})
-    monkeypatch.setattr("pipeline.exporter.Histogram", Told)
+    monkeypatch.setattr("pipeline.reporting.exporter.KINDS", {"counter": Told, "gauge": Told})
+    monkeypatch.setattr("pipeline.reporting.exporter.Histogram", Told)
     tally = Tally()
     tally.add_outcomes({"cleared": 3})
     exporter = Exporter("p")

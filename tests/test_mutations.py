@@ -13,9 +13,9 @@ import psutil
 import pytest
 from PIL import Image as Pillow
 
-from pipeline.decode import Decoder
-from pipeline.picture import FORMATS, ErrorCode
 from pipeline.plan import Preparation
+from pipeline.steps.decode import Decoder
+from pipeline.steps.picture import FORMATS, ErrorCode
 from pipeline.window import Image, Window
 
 SIDE = 64

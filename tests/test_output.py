@@ -8,9 +8,9 @@ from types import ModuleType
 import pytest
 
 from jobs import audit, clean, compact, erase, iceberg, query, review, status
-from pipeline import commit
 from pipeline.errors import UsageError
-from pipeline.output import open_output
+from pipeline.output import commit
+from pipeline.output.opening import open_output
 from pipeline.storage import s3_client
 from pipeline.store import Store
 from tests.outputs import run_here

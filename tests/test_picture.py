@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from pipeline import decode
-from pipeline.decode import Decoder
-from pipeline.picture import PictureError, decode_picture
 from pipeline.plan import Preparation
+from pipeline.steps import decode
+from pipeline.steps.decode import Decoder
+from pipeline.steps.picture import PictureError, decode_picture
 from pipeline.window import Image, Window
 
 
@@ -231,7 +231,7 @@ def test_a_picture_that_wants_more_memory_than_allowed_is_an_error():
 
 def test_the_child_dies_with_its_parent():
     code = (
-        "import time; from tests.test_picture import GOOD, window; from pipeline.decode import Decoder\n"
+        "import time; from tests.test_picture import GOOD, window; from pipeline.steps.decode import Decoder\n"
         "from pipeline.plan import Preparation\n"
         "decoder = Decoder('d', 32, Preparation()); decoder([window(GOOD['png'][0])])\n"
         "print(decoder.child.process.pid, flush=True); time.sleep(60)"

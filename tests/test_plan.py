@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from pipeline.errors import UsageError
-from pipeline.nets import check_models
 from pipeline.plan import PLANS, load_plan, parse_plan
+from pipeline.steps.nets import check_models
 
 
 def content(**changes) -> dict:

@@ -12,20 +12,29 @@ import pytest
 import yaml
 from scipy.stats import binom
 
-from pipeline.blocks import draw_blocks, find_versions, split
-from pipeline.calibrate import CalibrateConfig, find_candidates, read_pictures, run_calibrate
 from pipeline.errors import UsageError
-from pipeline.examples import LabelledPictures, read_labelled
-from pipeline.field import Field
 from pipeline.flow import pools
-from pipeline.layout import padded, windows_per_call
-from pipeline.padding import holes, padding
+from pipeline.labels.examples import LabelledPictures, read_labelled
 from pipeline.plan import load_plan
-from pipeline.plan_file import to_plan
-from pipeline.plan_job import PlanConfig, plan_from_scores
-from pipeline.proposal import Request, propose
-from pipeline.routes import routes
-from pipeline.scores import HALVES, Arrangement, Candidate, Scores, read_scores, scores_bytes, to_logits, to_scores
+from pipeline.planning.field import Field
+from pipeline.planning.file import to_plan
+from pipeline.planning.job import PlanConfig, plan_from_scores
+from pipeline.planning.padding import holes, padding
+from pipeline.planning.proposal import Request, propose
+from pipeline.planning.routes import routes
+from pipeline.planning.scores import (
+    HALVES,
+    Arrangement,
+    Candidate,
+    Scores,
+    read_scores,
+    scores_bytes,
+    to_logits,
+    to_scores,
+)
+from pipeline.steps.layout import padded, windows_per_call
+from pipeline.training.blocks import draw_blocks, find_versions, split
+from pipeline.training.calibrate import CalibrateConfig, find_candidates, read_pictures, run_calibrate
 from tests.simulated import PREVALENCE, World, calibrate
 
 WANTED = {"prevalence": ("0.005",), "recall": ("0.9",), "cpus": 2.0}
@@ -378,7 +387,7 @@ def test_candidates_are_every_size_of_every_net_at_every_input_size():
 
 def test_a_corpus_is_calibrated_planned_and_scanned(ray_session, corpus, tmp_path):
     """The whole way with real nets: the plan's verdicts are those its scores foretold."""
-    from pipeline.scan import ScanConfig, run_scan
+    from pipeline.run.scan import ScanConfig, run_scan
 
     labels = str(corpus / "labels.parquet")
     path = tmp_path / "scores.parquet"

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.formulas import PERFECT, Accuracy, hierarchical, split_evenly
+from pipeline.planning.formulas import PERFECT, Accuracy, hierarchical, split_evenly
 from tests.authors import GMAC, GROUPINGS, REUSED
 from tests.replay import Scored, Step, replay
 

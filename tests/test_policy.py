@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 from jobs import scan as job
-from pipeline import commit
 from pipeline.errors import UsageError
+from pipeline.output import commit
+from pipeline.output.policy import REVIEW_ALL, Policy, frozen_policy, read_policy
+from pipeline.output.sink import Rows
 from pipeline.plan import Plan, load_plan
-from pipeline.policy import REVIEW_ALL, Policy, frozen_policy, read_policy
-from pipeline.scan import ScanConfig, run_scan
-from pipeline.sink import Rows
+from pipeline.run.scan import ScanConfig, run_scan
+from pipeline.run.submission import scan_job
 from pipeline.store import Store, digest
-from pipeline.submission import scan_job
 from pipeline.window import GroupTest, Image, Window
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand

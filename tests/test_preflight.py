@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from pipeline import cluster, preflight
 from pipeline.errors import RunError, UsageError
 from pipeline.plan import Actors, Preparation
 from pipeline.plan import Pool as PlanPool
-from pipeline.preflight import check_apart, check_output, check_outside, check_readable
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.run import cluster, preflight
+from pipeline.run.preflight import check_apart, check_output, check_outside, check_readable
+from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
@@ -68,7 +68,7 @@ def test_a_disk_without_room(tmp_path, monkeypatch, limit, words):
 
 @pytest.mark.usefixtures("ray_session")
 def test_windows_that_no_object_store_holds_and_pools_that_no_cluster_has():
-    from pipeline.cluster import ray_session
+    from pipeline.run.cluster import ray_session
 
     pool = PlanPool(num_cpus=0.1, actors=Actors(min=1, max=1))
     with ray_session([pool], "plan 'x'", row_bytes=1_000_000):

@@ -11,11 +11,11 @@ import yaml
 from rich.console import Console
 
 from jobs import scan as job
-from pipeline import commit
 from pipeline.errors import UsageError
-from pipeline.prices import Meter, cost_of, cost_rows, money, read_prices, resources
-from pipeline.progress import closing_table
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.output import commit
+from pipeline.reporting.prices import Meter, cost_of, cost_rows, money, read_prices, resources
+from pipeline.reporting.progress import closing_table
+from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.store import Store, digest
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand

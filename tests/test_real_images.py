@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Pillow
 
-from pipeline.corpus import CorpusConfig, make_corpus
+from pipeline.labels.corpus import CorpusConfig, make_corpus
 from pipeline.plan import load_plan
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from tests.test_picture import BAD, GOOD, png_header, save, scene
 

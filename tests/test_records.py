@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import commit
-from pipeline.baseline import earlier_runs
-from pipeline.history import read_history
-from pipeline.records import READERS, PastRuns
+from pipeline.output import commit
+from pipeline.past.baseline import earlier_runs
+from pipeline.past.history import read_history
+from pipeline.past.records import READERS, PastRuns
 from pipeline.store import Store
 from tests.test_report import run_record
 

@@ -14,11 +14,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline import decode, fetch, picture, report, schema, stages
+from pipeline import schema
 from pipeline.codes import CODES
+from pipeline.output.sink import table_bytes
 from pipeline.plan import Plan
-from pipeline.report import write_report
-from pipeline.sink import table_bytes
+from pipeline.reporting import report
+from pipeline.reporting.report import write_report
+from pipeline.steps import decode, fetch, picture, stages
 from pipeline.storage import Location
 from pipeline.store import Store, digest
 

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import RunError, UsageError
-from pipeline.retry import list_failed
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.output.sink import table_bytes
+from pipeline.past.retry import list_failed
+from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.schema import ERRORS
-from pipeline.sink import table_bytes
 from pipeline.storage import s3_client
 from pipeline.store import Store, digest
 from tests.conftest import QUICK, small_plan
@@ -127,7 +127,7 @@ def check_everything_is_under_the_key(endpoint: str, prefix: str) -> None:
 
 
 def test_a_stream_that_ends_early_completes_nothing_and_only_the_rest_is_done_later(corpus, tmp_path, monkeypatch):
-    import pipeline.driver as module
+    import pipeline.run.driver as module
 
     source, output = tmp_path / "source", tmp_path / "out"
     shutil.copytree(corpus, source)
@@ -197,7 +197,7 @@ def half_readable(corpus: Path, tmp_path: Path) -> Path:
 
 
 def test_errors_that_may_pass_are_scanned_again_in_a_run_of_their_own(half_readable, tmp_path, monkeypatch):
-    import pipeline.scan as module
+    import pipeline.run.scan as module
 
     names = sorted(path.name for path in half_readable.glob("0*"))
     changed, gone, fine = names[0], names[1], names[2]

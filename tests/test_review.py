@@ -21,23 +21,23 @@ from jobs import audit as audit_job
 from jobs import erase as erase_job
 from jobs import query as query_job
 from pipeline import schema
-from pipeline.appeals import read_appeals
-from pipeline.audit import audit
-from pipeline.calibrate import CalibrateConfig
-from pipeline.decisions import read_standing, review_files, standing
 from pipeline.errors import StoreError, UsageError
-from pipeline.examples import read_known
-from pipeline.leases import LEASE_SECONDS, Leases
+from pipeline.labels.examples import read_known
+from pipeline.listing.source import image_id
+from pipeline.output.sink import table_bytes
 from pipeline.plan import Preparation
-from pipeline.review_desk import Desk
-from pipeline.review_picture import SIDE, Pictures
-from pipeline.review_queue import newest_run, read_queue
-from pipeline.review_rules import Refused, check_reviewer
-from pipeline.reviews import read_evidence
-from pipeline.sink import table_bytes
-from pipeline.source import image_id
+from pipeline.review.appeals import read_appeals
+from pipeline.review.audit import audit
+from pipeline.review.decisions import read_standing, review_files, standing
+from pipeline.review.desk import Desk
+from pipeline.review.evidence import read_evidence
+from pipeline.review.leases import LEASE_SECONDS, Leases
+from pipeline.review.picture import SIDE, Pictures
+from pipeline.review.queue import newest_run, read_queue
+from pipeline.review.rules import Refused, check_reviewer
 from pipeline.storage import s3_client
 from pipeline.store import Store
+from pipeline.training.calibrate import CalibrateConfig
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand
 from tests.review_pages import (

@@ -14,18 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.decisions import read_standing, write_decision
 from pipeline.errors import StoreError
-from pipeline.fetch import FetchError
+from pipeline.listing.source import image_id
 from pipeline.plan import Preparation
-from pipeline.review_desk import Desk
-from pipeline.review_log import rows_of
-from pipeline.review_picture import Pictures
-from pipeline.review_server import ReviewServer
-from pipeline.source import image_id
+from pipeline.reporting.visible import visible
+from pipeline.review.decisions import read_standing, write_decision
+from pipeline.review.desk import Desk
+from pipeline.review.log import rows_of
+from pipeline.review.picture import Pictures
+from pipeline.review.server import ReviewServer
+from pipeline.steps.fetch import FetchError
 from pipeline.storage import parse_uri
 from pipeline.store import Store
-from pipeline.visible import visible
 from tests.review_pages import appeal_by, desk_of, draw, drawn_row, flagged_row, night, of_file, served, write_run
 
 Open = Callable[..., Any]
@@ -448,7 +448,7 @@ def test_a_store_that_refuses_is_said_in_words_and_asked_again(browser, tmp_path
     desk = desk_of(store, say=said.append)
     with monkeypatch.context() as patch:
         # Not by the file's mode: who runs the tests may read every file.
-        patch.setattr("pipeline.fetch._read_file", refuse)
+        patch.setattr("pipeline.steps.fetch._read_file", refuse)
         page = browser.open(desk)
         until(page, "document.querySelector('#notice').textContent.includes('refused access')")
         page.wait_for_timeout(260)

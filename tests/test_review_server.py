@@ -18,9 +18,9 @@ from uuid import uuid4
 import pytest
 
 from jobs import review as job
-from pipeline.decisions import read_standing, review_files
 from pipeline.errors import StoreError
-from pipeline.review_server import HEADERS, STATIC, ReviewServer
+from pipeline.review.decisions import read_standing, review_files
+from pipeline.review.server import HEADERS, STATIC, ReviewServer
 from pipeline.store import Store
 from tests.outputs import run_here
 from tests.review_pages import desk_of, night, served
@@ -108,10 +108,10 @@ def test_every_answer_carries_the_headers_that_keep_it_harmless(server):
 
 
 def test_the_page_is_fixed_files_without_inline_scripts_or_markup_from_text():
-    page = (ROOT / "pipeline/review.html").read_text()
+    page = (ROOT / "pipeline/review/review.html").read_text()
     assert re.findall(r"<script\b[^>]*>", page) == ['<script src="/review.js" defer>']
     assert not re.search(r"\son\w+=|style=|javascript:", page)
-    code = (ROOT / "pipeline/review.js").read_text()
+    code = (ROOT / "pipeline/review/review.js").read_text()
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function|srcdoc", code)
 
 

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from models.intervals import Weighted, weighted_share_interval
-from pipeline.audit import audit, thresholds_table
-from pipeline.review_thresholds import at_thresholds
-from pipeline.reviews import Evidence
+from pipeline.review.audit import audit, thresholds_table
+from pipeline.review.evidence import Evidence
+from pipeline.review.thresholds import at_thresholds
 
 STAGE = {"name": "last", "rounds": [1], "thresholds": {"a": [0.5], "b": [0.2]}}
 

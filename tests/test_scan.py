@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.examples import read_labels
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.labels.examples import read_labels
+from pipeline.output.tally import spent_by
+from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.schema import ERRORS, FLAGGED, LEDGER
 from pipeline.store import Store
-from pipeline.tally import spent_by
 from tests.conftest import small_plan, upload
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -223,7 +223,7 @@ def test_a_scan_through_s3_gives_the_verdicts_of_a_local_one(scanned, corpus, s3
 
 
 def test_files_that_vanish_or_change_after_listing_are_errors(corpus, tmp_path, monkeypatch):
-    import pipeline.scan as module
+    import pipeline.run.scan as module
 
     source = tmp_path / "source"
     source.mkdir()

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import commit
-from pipeline.commit import Ledger
 from pipeline.errors import RunError
+from pipeline.output import commit
+from pipeline.output.commit import Ledger
 from pipeline.store import Store
 from tests.test_commit import Run
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.calibration import Prevalence
-from pipeline.field import Field
-from pipeline.peeling import peel
-from pipeline.proposal import Request, propose
-from pipeline.routes import Route, routes
-from pipeline.scores import Candidate, to_logits
+from pipeline.planning.calibration import Prevalence
+from pipeline.planning.field import Field
+from pipeline.planning.peeling import peel
+from pipeline.planning.proposal import Request, propose
+from pipeline.planning.routes import Route, routes
+from pipeline.planning.scores import Candidate, to_logits
 from tests.authors import GMAC, authors_scores
 from tests.replay import Scored, Step, replay
 from tests.simulated import one_thread_each

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import ordering
 from pipeline.errors import UsageError
-from pipeline.fetch import Fetcher
 from pipeline.flow import window_refs
-from pipeline.manifest import _JudgedLast, build_manifest
+from pipeline.listing import ordering
+from pipeline.listing.manifest import _JudgedLast, build_manifest
+from pipeline.listing.source import image_id, list_source
 from pipeline.plan import Preparation, WindowSpec
 from pipeline.schema import RANKED
-from pipeline.source import image_id, list_source
+from pipeline.steps.fetch import Fetcher
 from pipeline.storage import is_plain_key, parse_uri, s3_client
 from pipeline.store import Store
 

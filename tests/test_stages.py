@@ -15,9 +15,9 @@ from models.cost import segment_gmac
 from models.group_net import GroupNet, MergePoint
 from models.weights import save_net
 from pipeline.errors import RunError
-from pipeline.groups import form_groups
 from pipeline.plan import StageSpec
-from pipeline.stages import GroupStage
+from pipeline.steps.groups import form_groups
+from pipeline.steps.stages import GroupStage
 from pipeline.window import GroupTest, Image, Window
 
 SIDE = 64

@@ -17,15 +17,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import status
-from pipeline import commit
-from pipeline.clean import find_litter
-from pipeline.driver import Driver
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
-from pipeline.heartbeat import STALE_SECONDS, Heartbeat, Listing, Pulse, newest_heartbeat, of_driver
-from pipeline.runs import follow, line, list_runs, read_run
-from pipeline.scan import ScanConfig, run_scan
+from pipeline.output import commit
+from pipeline.reporting.heartbeat import STALE_SECONDS, Heartbeat, Listing, Pulse, newest_heartbeat, of_driver
+from pipeline.reporting.runs import follow, line, list_runs, read_run
+from pipeline.run.driver import Driver
+from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from pipeline.store import Store
+from pipeline.tables.clean import find_litter
 from tests.conftest import QUICK, small_plan
 from tests.outputs import run_here, scan_by_hand
 
@@ -254,7 +254,7 @@ def until(seen: Callable[[], bool]) -> None:
 def test_a_run_is_listing_while_its_source_is_listed_and_nothing_when_that_fails(tmp_path, monkeypatch):
     """Looked at from within the listing: the first beat says that it has begun, a later one how much has come."""
     store, seen = Store(str(tmp_path / "out")), []
-    monkeypatch.setattr("pipeline.scan.Listing", partial(Listing, seconds=0.02))
+    monkeypatch.setattr("pipeline.run.scan.Listing", partial(Listing, seconds=0.02))
 
     def listing(*_: Any) -> Iterator[dict[str, Any]]:
         for number in range(3):
@@ -265,7 +265,7 @@ def test_a_run_is_listing_while_its_source_is_listed_and_nothing_when_that_fails
         assert 'dorfman_run_listed{plan="emblem",run_id="night"} 3.0' in text
         raise UsageError("the source is gone")
 
-    monkeypatch.setattr("pipeline.scan.list_source", listing)
+    monkeypatch.setattr("pipeline.run.scan.list_source", listing)
     with pytest.raises(UsageError, match="the source is gone"):
         run_scan(ScanConfig(source="s3://b/", output=store.name, run_id="night"))
     (run,) = seen

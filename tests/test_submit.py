@@ -28,12 +28,12 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobTy
 
 from jobs import scan
 from jobs.cli import parse
-from pipeline import follow, submission
 from pipeline.errors import RunError, UsageError
-from pipeline.follow import Follower, exit_code
-from pipeline.head import Client
-from pipeline.scan import new_run_id
-from pipeline.submission import Job, pack, scan_job
+from pipeline.run import follow, submission
+from pipeline.run.follow import Follower, exit_code
+from pipeline.run.head import Client
+from pipeline.run.scan import new_run_id
+from pipeline.run.submission import Job, pack, scan_job
 from tests.conftest import QUICK, small_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -352,7 +352,7 @@ def test_interrupting_leaves_the_job_alone(monkeypatch):
 def test_a_head_that_is_not_there_or_does_not_answer_is_one_line_and_soon(work, monkeypatch):
     began = time.monotonic()
     expect(run(f"http://127.0.0.1:{free_port()}", work, "--follow", "x"), 2, "no Ray head answers at http://127.0.0.1:")
-    monkeypatch.setattr("pipeline.head.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.run.head.ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         expect(run(address, work, "--follow", "x"), 2, f"{address} does not answer as a Ray head does", "timed out")
@@ -362,7 +362,7 @@ def test_a_head_that_is_not_there_or_does_not_answer_is_one_line_and_soon(work, 
 
 @pytest.mark.parametrize(("token", "words"), [("Bearer wrong", "Invalid"), ("", "Missing")])
 def test_a_head_that_wants_another_token_is_one_line_with_the_remedy(head, work, monkeypatch, token, words):
-    monkeypatch.setattr("pipeline.head.Client", partial(Client, headers={"Authorization": token}))
+    monkeypatch.setattr("pipeline.run.head.Client", partial(Client, headers={"Authorization": token}))
     expect(run(head.address, work, "--follow", "x"), 2, f"{words} authentication token", "RAY_AUTH_TOKEN")
 
 

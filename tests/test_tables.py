@@ -10,15 +10,15 @@ import threading
 import pytest
 
 from jobs import query
-from pipeline import commit
-from pipeline.compact import compact
 from pipeline.errors import UsageError
-from pipeline.records import READERS
-from pipeline.run_rows import RUNS
+from pipeline.output import commit
+from pipeline.past.records import READERS
 from pipeline.schema import ALL
 from pipeline.storage import s3_client
 from pipeline.store import Store
-from pipeline.tables import open_tables, sql_session, with_scan_date
+from pipeline.tables.compact import compact
+from pipeline.tables.run_rows import RUNS
+from pipeline.tables.sql import open_tables, sql_session, with_scan_date
 from tests.conftest import QUICK, small_plan
 from tests.outputs import judged, run_here, scan_by_hand, unchanged, write_night
 from tests.test_jobs import expect

@@ -17,12 +17,12 @@ from sqlglot import exp
 
 from jobs import query
 from pipeline import schema
-from pipeline.decisions import write_decision
-from pipeline.review_log import rows_of
-from pipeline.review_queue import read_queue
-from pipeline.run_rows import RUNS
+from pipeline.review.decisions import write_decision
+from pipeline.review.log import rows_of
+from pipeline.review.queue import read_queue
 from pipeline.store import Store
-from pipeline.tables import open_tables, sql_session, with_scan_date
+from pipeline.tables.run_rows import RUNS
+from pipeline.tables.sql import open_tables, sql_session, with_scan_date
 from tests.conftest import QUICK, small_plan
 from tests.outputs import VERSION_1, judged, run_here, scan_by_hand, unchanged, write_night
 

@@ -12,8 +12,8 @@ import pytest
 from models.intervals import interval
 from pipeline import schema
 from pipeline.plan import Audit, Plan
-from pipeline.threshold_steps import short
-from pipeline.thresholds import AUDITED, OtherThresholds
+from pipeline.reporting.threshold_steps import short
+from pipeline.reporting.thresholds import AUDITED, OtherThresholds
 
 LIMITS = {"gore": 0.4, "weapon": 0.1, "hate": 0.6}
 

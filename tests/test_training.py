@@ -34,11 +34,11 @@ from models.training import (
 )
 from models.weights import load_net
 from pipeline.errors import RunError, UsageError
-from pipeline.examples import label_folder, read_labelled, split_off
-from pipeline.fit import TrainConfig, fit
+from pipeline.labels.examples import label_folder, read_labelled, split_off
 from pipeline.schema import LABELS
 from pipeline.storage import s3_client
 from pipeline.store import Store
+from pipeline.training.fit import TrainConfig, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = (MergePoint(cut="stem", size=2), MergePoint(cut="layer1", size=2))

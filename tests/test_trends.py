@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from pipeline import commit
-from pipeline.history import RUNS, read_history
-from pipeline.records import PastRuns
-from pipeline.report import write_report
+from pipeline.output import commit
+from pipeline.past.history import RUNS, read_history
+from pipeline.past.records import PastRuns
+from pipeline.reporting.report import write_report
+from pipeline.reporting.trends import HEIGHT, WIDTH, _ticks, charts
 from pipeline.store import Store
-from pipeline.trends import HEIGHT, WIDTH, _ticks, charts
 from tests.outputs import write_night
 from tests.test_report import PLAN, Page, run_record
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.device import VARIABLE
-from pipeline.graphs import Graphs
 from pipeline.plan import StageSpec
-from pipeline.stages import GroupStage
-from pipeline.upload import Upload
+from pipeline.steps.device import VARIABLE
+from pipeline.steps.graphs import Graphs
+from pipeline.steps.stages import GroupStage
+from pipeline.steps.upload import Upload
 from pipeline.window import Image, Window
 
 

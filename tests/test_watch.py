@@ -12,13 +12,15 @@ from threading import Barrier
 import pytest
 from ray import cloudpickle
 
-from pipeline import flow, rows, watch
+from pipeline import flow
 from pipeline.errors import RunError
-from pipeline.progress import time_rows
-from pipeline.rows import Gate, Pace
-from pipeline.scan import ScanConfig, run_scan
-from pipeline.stages import GroupStage
-from pipeline.watch import Book, Watch
+from pipeline.reporting import watch
+from pipeline.reporting.progress import time_rows
+from pipeline.reporting.watch import Book, Watch
+from pipeline.run.scan import ScanConfig, run_scan
+from pipeline.steps import rows
+from pipeline.steps.rows import Gate, Pace
+from pipeline.steps.stages import GroupStage
 from pipeline.window import Window, Work
 from tests.conftest import QUICK, small_plan
 

@@ -1,0 +1,167 @@
+"""The run that tonight's is compared with: which one, why that one, and who judged what it takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import UsageError
+from pipeline.listing.inventory import scope
+from pipeline.output import commit
+from pipeline.past.records import PastRuns
+from pipeline.store import Store
+
+LAST = "last"
+
+
+class _File(BaseModel):
+    path: str
+    sha256: str
+
+
+class _Record(BaseModel):
+    """What is asked of the record of a run that may be compared with: anybody may have written it."""
+
+    model_config = ConfigDict(strict=True)
+    run_id: str
+    parent_run_id: str | None = None  # the first version knew no retries
+    source: str
+    started_at: str
+    plan_version: str
+    weights_sha256: dict[str, str]
+    files: list[_File] = []  # ``PastRuns`` leaves them out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """``record``: of the run to compare with, with its files; None when there is none. ``notes``: in words, why it is
+    not the newest or why there is none, and which records are none any more."""
+
+    record: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
+
+
+def find_earlier(store: Store, since: str, source: str, decides: Mapping[str, Any]) -> Found:
+    """The run that ``since`` means: one by its name, or for ``last`` the newest one that compares.
+
+    That is a complete run over the same source, by whose record the same ``decides`` (plan, nets, banks) and whose
+    tables are there. A file that is no run record, because it was cut off or written over, is passed over and named. A
+    run that is named is taken whatever its plan was. Runs that took up errors listed a few objects only, so none of
+    them compares. Raises UsageError.
+    """
+    if since != LAST:
+        return Found(record=_named(store, since))
+    past = PastRuns(store)
+    contents = [(run_id, content) for run_id, content in past.read(commit.recorded(past.found)) if content is not None]
+    notes = [
+        f"{commit.record_key(run_id)} is no run record, so nothing that it may have said is taken over: put it back "
+        "from a copy, or take it away"
+        for run_id, content in contents
+        if not _is_record(content)
+    ]
+    records = [
+        content
+        for _, content in contents
+        if _is_record(content) and content.get("parent_run_id") is None and scope(content["source"]) == scope(source)
+    ]
+    passed: list[str] = []
+    for candidate in sorted(records, key=lambda record: record["started_at"], reverse=True):
+        why = differences(candidate, decides)
+        record = None if why else read_record(store, candidate["run_id"])  # with its files
+        if record is not None and stands(store, record):
+            return Found(record=record, notes=(*notes, *passed[:1]))
+        passed.append(f"the newest run over this source, {candidate['run_id']}, {why or 'has lost tables'}")
+        if why:
+            passed[-1] += f" (to keep its verdicts all the same: --since {candidate['run_id']})"
+    return Found(record=None, notes=(*notes, *(passed[:1] or ["there is no complete run over this source"])))
+
+
+def _named(store: Store, run_id: str) -> dict[str, Any]:
+    record = read_record(store, run_id)
+    if record is None and store.exists(commit.record_key(run_id)):
+        raise UsageError(
+            f"--since {run_id}: {commit.record_key(run_id)} is no run record; put it back from a copy, or give another "
+            "run, or 'last'"
+        )
+    if record is None:
+        raise UsageError(f"--since {run_id}: no complete run of that name in {store.uri}; give another, or 'last'")
+    if record.get("parent_run_id"):
+        raise UsageError(
+            f"--since {run_id}: that run took up the errors of {record['parent_run_id']} and lists nothing else; "
+            "name a run over the whole source"
+        )
+    return record
+
+
+def read_record(store: Store, run_id: str) -> dict[str, Any] | None:
+    """None where there is none, or no run record."""
+    try:
+        content = commit.read_json(store, commit.record_key(run_id))
+    except (ValueError, RecursionError):
+        return None
+    return content if _is_record(content) else None
+
+
+def _is_record(content: Any) -> bool:
+    if isinstance(content, OSError):
+        raise content  # it may be there, and whole
+    try:
+        _Record.model_validate(content)
+    except ValidationError:
+        return False
+    return True
+
+
+def differences(record: Mapping[str, Any], decides: Mapping[str, Any]) -> str | None:
+    """In words: what of that which decides a verdict was another in this run; None where all is the same."""
+    if compares(record, decides):
+        return None
+    if record["plan_version"] != decides["plan_version"]:
+        return f"was judged by plan version {record['plan_version']}, and this is {decides['plan_version']}"
+    what = "nets" if record["weights_sha256"] != decides["weights_sha256"] else "banks"
+    return f"was judged by other {what}"
+
+
+def compares(record: Mapping[str, Any], decides: Mapping[str, Any]) -> bool:
+    """Whether a run was judged by the same plan, nets and banks."""
+    return all(record.get(name, {}) == now for name, now in decides.items())  # older records know no banks
+
+
+def judged_otherwise(store: Store, judged_by: Mapping[str, int], decides: Mapping[str, Any]) -> int:
+    """Of objects by the run that judged them: how many were judged by other plans, nets or banks than ``decides``."""
+    records = {run_id: read_record(store, run_id) for run_id in judged_by}
+    return sum(
+        judged_by[run_id] for run_id, record in records.items() if record is None or not compares(record, decides)
+    )
+
+
+def under_other_policy(store: Store, flagged_by: Mapping[str, int], policy: Mapping[str, Any] | None) -> int:
+    """Of findings by the run that made them: how many have the action of another policy than ``policy``, whole or None
+    for that which has everything reviewed."""
+    records = {run_id: read_record(store, run_id) for run_id in flagged_by}
+    return sum(
+        flagged_by[run_id] for run_id, record in records.items() if record is None or _policy(record) != _sha256(policy)
+    )
+
+
+def _policy(record: Mapping[str, Any]) -> str | None:
+    return _sha256(record.get("policy"))  # older records know none
+
+
+def _sha256(policy: Mapping[str, Any] | None) -> str | None:
+    return policy["sha256"] if policy else None
+
+
+def those_that_stand(store: Store, run_ids: Iterable[str]) -> set[str]:
+    """Those of the runs whose record is there with all of its ledgers and findings."""
+    records = {run_id: read_record(store, run_id) for run_id in run_ids}
+    return {run_id for run_id, record in records.items() if record is not None and stands(store, record)}
+
+
+def stands(store: Store, record: Mapping[str, Any]) -> bool:
+    files = [file for table in ("ledger", "flagged") for file in commit.files_of(table, record["files"])]
+    there = {key for folder in {file["path"].rsplit("/", 1)[0] for file in files} for key in store.sizes(folder)}
+    return all(file["path"] in there for file in files)

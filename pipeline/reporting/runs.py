@@ -1,0 +1,230 @@
+"""The runs of an output as a person asks for them: how each stands, how far it is, and whether its driver is alive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.table import Table
+
+from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
+from pipeline.output import commit
+from pipeline.past.baseline import describe, stands_suspect
+from pipeline.reporting.heartbeat import STALE_SECONDS, newest_heartbeat, newest_listing
+from pipeline.reporting.metrics import Sample, of_heartbeat, of_listing, of_run
+from pipeline.reporting.takeover import standing
+from pipeline.store import Store
+
+POLL_SECONDS = 5.0
+ALIVE = ("listing", "running")
+GOING = (*ALIVE, "stale")
+STATES = (*GOING, "complete", "suspect", "failed", "stopped")
+"""stale: its driver has given no sign of life for minutes, while it listed or judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a run stands at the moment it was asked for."""
+
+    run_id: str
+    state: str
+    """One of STATES."""
+    started_at: str
+    listed: int
+    decided: int
+    """Images; of a run that goes on, committed or not."""
+    flagged: int
+    standing: int | None
+    """Flagged images of the source: with those that earlier runs flagged and that are unchanged. None where nobody has
+    counted them."""
+    errors: int
+    relative_cost: float | None
+    seconds: float
+    silent_seconds: float | None
+    """Since the last sign of life, of a run that goes on."""
+    images_per_s: float
+    ends_at: str | None
+    """When a run that goes on ends, at the speed of its last minutes."""
+    why: str | None
+    """What ended it, or what the gates found."""
+
+
+def list_runs(store: Store, limit: int) -> list[Run]:
+    """The newest runs of an output, newest first, of those ``limit`` that were written to last."""
+    runs = [read_run(store, run_id) for run_id in _newest(store, limit)] + list(map(_of_listing, _listings(store)))
+    return sorted(runs, key=lambda run: run.started_at, reverse=True)[:limit]
+
+
+def _newest(store: Store, limit: int) -> list[str]:
+    """By when anything below ``runs/`` was last written of them: records of years must not all be read."""
+    written: dict[str, datetime] = {}
+    for key, (_, moment) in store.objects("runs").items():
+        run_id = key.split("/")[1].removesuffix(".json") if key.count("/") == 1 else key.split("/")[1]
+        written[run_id] = max(moment, written.get(run_id, moment))
+    return sorted(written, key=lambda run_id: (written[run_id], run_id), reverse=True)[:limit]
+
+
+def _listings(store: Store) -> list[dict[str, Any]]:
+    """Of runs that have left nothing below ``runs/`` yet, because somebody lists their source, or did."""
+    begun = {key.split("/")[1].removesuffix(".json") for key in store.sizes("runs")}
+    beats = [newest_listing(store, run_id) for run_id in store.folders("_state") if run_id not in begun]
+    return [beat for beat in beats if beat is not None]
+
+
+def read_run(store: Store, run_id: str) -> Run:
+    """Raises UsageError when there is none."""
+    found = _read(store, run_id)
+    if found is not None:
+        return _view(store, *found)
+    beat = newest_listing(store, run_id)
+    if beat is None:
+        raise UsageError(f"there is no run {run_id!r} in {store.name}")
+    return _of_listing(beat)
+
+
+def _read(store: Store, run_id: str) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
+    """A run's record, or its status where it has none, and the heartbeat of one that goes on."""
+    record = commit.read_json(store, commit.record_key(run_id)) or commit.read_json(store, commit.status_key(run_id))
+    if record is None:
+        return None
+    return record, newest_heartbeat(store, run_id) if record["status"] == "running" else None
+
+
+def _of_listing(beat: Mapping[str, Any]) -> Run:
+    seconds = (datetime.fromisoformat(beat["updated_at"]) - datetime.fromisoformat(beat["started_at"])).total_seconds()
+    silent = _age(beat["updated_at"])
+    return Run(
+        run_id=beat["run_id"],
+        state="listing" if silent < STALE_SECONDS else "stale",
+        started_at=beat["started_at"],
+        listed=beat["listed"],
+        decided=0,
+        flagged=0,
+        standing=None,
+        errors=0,
+        relative_cost=None,
+        seconds=seconds,
+        silent_seconds=silent,
+        images_per_s=0.0,
+        ends_at=None,
+        why=None,
+    )
+
+
+def _view(store: Store, record: Mapping[str, Any], beat: Mapping[str, Any] | None) -> Run:
+    state, silent = record["status"], None
+    why = record.get("failure") or record.get("reason")
+    if state == "running":
+        silent = _age(max(record["updated_at"], beat["updated_at"] if beat else ""))
+        state = "running" if silent < STALE_SECONDS else "stale"
+    elif stands_suspect(store, record):
+        state, why = "suspect", describe(record, store.name)
+    counts, live = record["counts"], beat or {}
+    return Run(
+        run_id=record["run_id"],
+        state=state,
+        started_at=record["started_at"],
+        listed=record["listed"],
+        decided=max(counts["listed"], live.get("decided", 0)),
+        flagged=counts["flagged"],
+        standing=standing(record),
+        errors=counts["error"],
+        relative_cost=record["relative_cost"],
+        seconds=record["seconds"],
+        silent_seconds=silent,
+        images_per_s=live.get("images_per_s", record["images_per_s"]),
+        ends_at=live.get("ends_at"),
+        why=why,
+    )
+
+
+def _age(moment: str) -> float:
+    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds())
+
+
+def follow(store: Store, run_id: str, say: Callable[[Run], None], pause: Callable[[float], None] = time.sleep) -> Run:
+    """Looks until the run ends, and says how it stands whenever that has changed.
+
+    Returns it when it is complete; raises what a scan would: RunError, RunStopped, RunSuspect.
+    """
+    said = None
+    while True:
+        run = read_run(store, run_id)
+        seen = (run.state, run.listed, run.decided, run.flagged, run.errors)
+        if seen != said:
+            say(run)
+            said = seen
+        if run.state not in ALIVE:
+            return ended(run)
+        pause(POLL_SECONDS)
+
+
+def ended(run: Run) -> Run:
+    """The run if it is complete. Raises what the scan of any other ends with, and RunError for one without a driver."""
+    if run.state == "stale":
+        raise RunError(
+            f"run {run.run_id!r} has given no sign of life for {run.silent_seconds:,.0f} s: its driver is gone or cut "
+            f"off; start it again with --run-id {run.run_id}"
+        )
+    if run.state == "failed":
+        raise RunError(f"run {run.run_id!r} failed: {run.why}")
+    if run.state == "stopped":
+        raise RunStopped(f"run {run.run_id!r} stopped: {run.why}")
+    if run.state == "suspect":
+        raise RunSuspect(run.why)
+    return run
+
+
+def samples(store: Store, limit: int) -> Iterator[Sample]:
+    """Gauges of the newest runs: what a Prometheus sees of them when their drivers are gone."""
+    for run_id in _newest(store, limit):
+        found = _read(store, run_id)
+        if found is None:
+            continue  # removed a moment ago
+        record, beat = found
+        yield from of_run(record, accepted=bool(record.get("suspect")) and not stands_suspect(store, record))
+        if beat:
+            yield from of_heartbeat(beat, record)
+    for listing in _listings(store):
+        yield from of_listing(listing)
+
+
+def line(run: Run) -> str:
+    """How a run stands, for people."""
+    if run.state == "listing":
+        ago = f"last sign of life {run.silent_seconds:,.0f} s ago"
+        return f"run {run.run_id}: listing, {run.listed:,} images so far, {ago}"
+    flagged = f"{run.flagged:,} flagged"
+    if run.standing not in (None, run.flagged):
+        flagged += f" ({run.standing:,} standing in the source)"
+    parts = [f"{run.decided:,} of {run.listed:,} images", flagged, f"{run.errors:,} errors"]
+    if run.state in GOING:
+        parts += [f"{run.images_per_s:,.0f}/s", f"last sign of life {run.silent_seconds:,.0f} s ago"]
+        parts += [f"until {run.ends_at[:16]} UTC"] if run.ends_at else []
+    return f"run {run.run_id}: {run.state}, {', '.join(parts)}"
+
+
+def table(runs: list[Run]) -> Table:
+    shown = Table()
+    names = "run", "state", "started", "listed", "decided", "flagged", "standing", "errors", "cost", "seconds", "silent"
+    for name in names:
+        shown.add_column(name, justify="left" if name in ("run", "state", "started") else "right")
+    for run in runs:
+        cost = "" if run.relative_cost is None else f"{run.relative_cost:.3f}"
+        stand = "" if run.standing is None else f"{run.standing:,}"
+        silent = "" if run.silent_seconds is None else f"{run.silent_seconds:,.0f} s"
+        shown.add_row(
+            run.run_id, run.state, run.started_at[:16], f"{run.listed:,}", f"{run.decided:,}", f"{run.flagged:,}",
+            stand, f"{run.errors:,}", cost, f"{run.seconds:,.0f}", silent,
+        )  # fmt: skip
+    return shown
+
+
+def details(run: Run) -> Iterator[str]:
+    yield line(run)
+    for name, value in asdict(run).items():
+        if name not in ("run_id", "state") and value is not None:
+            yield f"  {name}: {value}"

@@ -93,8 +93,7 @@ def parse(job: str, config_type: type, arguments: list[str]) -> Any:
 
 def _check_yaml(path: Path) -> Path:
     try:
-        text = path.read_text()
+        parse_yaml(path.read_text(), f"--config {path}")
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
-    parse_yaml(text, f"--config {path}")
     return path

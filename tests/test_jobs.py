@@ -62,7 +62,8 @@ def test_a_job_ends_before_the_interpreter_is_taken_from_threads_that_still_use_
     plain = subprocess.run(usual, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=True)
     assert plain.stderr == b"torn down", "what a process says that ends in the usual way"
     expect(run("erase", "--output", str(tmp_path), PYTHONPATH=path), 2, "name what to erase with --image-id or --uri")
-    done = run("erase", "--output", str(tmp_path), "--uri", "s3://b/7", PYTHONPATH=path)
+    (tmp_path / "out" / "runs" / "begun").mkdir(parents=True)
+    done = run("erase", "--output", str(tmp_path / "out"), "--uri", "s3://b/7", PYTHONPATH=path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "no complete run holds it\n", "")
 
 

@@ -61,7 +61,7 @@ def run(config: JobConfig) -> None:
     if not runs:
         console.print("no run is old enough to be compacted")
     if merged:
-        files, decisions = (sum(getattr(day, name) for day in merged) for name in ("files_before", "decisions"))
+        files, decisions = sum(day.files_before for day in merged), sum(day.decisions for day in merged)
         console.print(f"reviews: {files:,} files with {decisions:,} decisions, now {len(merged):,}, one a day")
 
 

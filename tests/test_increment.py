@@ -30,7 +30,7 @@ from pipeline.listing.manifest import Shard, build_manifest
 from pipeline.listing.source import image_id, list_source
 from pipeline.output import commit
 from pipeline.output.tally import Tally
-from pipeline.past.comparable import find_earlier, judged_otherwise, under_other_policy
+from pipeline.past.comparable import find_earlier, judged_otherwise, records_of, under_other_policy
 from pipeline.past.contents import Contents, write_contents
 from pipeline.past.earlier import write_earlier
 from pipeline.plan import WindowSpec
@@ -356,7 +356,8 @@ def test_the_newest_run_that_compares_is_the_last(tmp_path):
         "the newest run over this source, other-bank, was judged by other banks (to keep its verdicts all the same: "
         "--since other-bank)",
     )
-    assert judged_otherwise(store, {"new": 5, "other-plan": 7, "other-bank": 2, "gone": 1}, decides) == 10
+    judged_by = {"new": 5, "other-plan": 7, "other-bank": 2, "gone": 1}
+    assert judged_otherwise(records_of(store, judged_by), judged_by, decides) == 10
     (tmp_path / "ledger/scan_date=2026-01-01/new-shard-00000.parquet").unlink()
     found = find_earlier(store, "last", "s3://b/in/", decides)
     assert found.record is not None and found.record["run_id"] == "old", "of the newest the tables are gone"
@@ -416,9 +417,10 @@ def test_findings_with_the_action_of_another_policy_are_counted(tmp_path):
     finished(store, "none", tables)
     finished(store, "house", tables, policy={"name": "house", "sha256": "1"})
     flagged_by = {"none": 3, "house": 4, "gone": 1}
-    assert under_other_policy(store, flagged_by, None) == 5
-    assert under_other_policy(store, flagged_by, {"sha256": "1"}) == 4
-    assert under_other_policy(store, flagged_by, {"sha256": "2"}) == 8
+    records = records_of(store, flagged_by)
+    assert under_other_policy(records, flagged_by, None) == 5
+    assert under_other_policy(records, flagged_by, {"sha256": "1"}) == 4
+    assert under_other_policy(records, flagged_by, {"sha256": "2"}) == 8
 
 
 # What is taken over, and what is said of it

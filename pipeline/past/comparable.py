@@ -130,20 +130,32 @@ def compares(record: Mapping[str, Any], decides: Mapping[str, Any]) -> bool:
     return all(record.get(name, {}) == now for name, now in decides.items())  # older records know no banks
 
 
-def judged_otherwise(store: Store, judged_by: Mapping[str, int], decides: Mapping[str, Any]) -> int:
+Records = Mapping[str, dict[str, Any] | None]
+"""By run; None where there is none, or no run record."""
+
+
+def records_of(store: Store, run_ids: Iterable[str], *, with_files: bool = False) -> Records:
+    """Of runs that judged what tonight's may take over: there may be as many as nights, so many at a time."""
+    past = PastRuns(store, with_files=with_files)
+    return {run_id: content if _is_record(content) else None for run_id, content in past.read(run_ids)}
+
+
+def judged_otherwise(records: Records, judged_by: Mapping[str, int], decides: Mapping[str, Any]) -> int:
     """Of objects by the run that judged them: how many were judged by other plans, nets or banks than ``decides``."""
-    records = {run_id: read_record(store, run_id) for run_id in judged_by}
     return sum(
-        judged_by[run_id] for run_id, record in records.items() if record is None or not compares(record, decides)
+        images
+        for run_id, images in judged_by.items()
+        if (record := records[run_id]) is None or not compares(record, decides)
     )
 
 
-def under_other_policy(store: Store, flagged_by: Mapping[str, int], policy: Mapping[str, Any] | None) -> int:
+def under_other_policy(records: Records, flagged_by: Mapping[str, int], policy: Mapping[str, Any] | None) -> int:
     """Of findings by the run that made them: how many have the action of another policy than ``policy``, whole or None
     for that which has everything reviewed."""
-    records = {run_id: read_record(store, run_id) for run_id in flagged_by}
     return sum(
-        flagged_by[run_id] for run_id, record in records.items() if record is None or _policy(record) != _sha256(policy)
+        images
+        for run_id, images in flagged_by.items()
+        if (record := records[run_id]) is None or _policy(record) != _sha256(policy)
     )
 
 
@@ -157,7 +169,7 @@ def _sha256(policy: Mapping[str, Any] | None) -> str | None:
 
 def those_that_stand(store: Store, run_ids: Iterable[str]) -> set[str]:
     """Those of the runs whose record is there with all of its ledgers and findings."""
-    records = {run_id: read_record(store, run_id) for run_id in run_ids}
+    records = records_of(store, run_ids, with_files=True)
     return {run_id for run_id, record in records.items() if record is not None and stands(store, record)}
 
 

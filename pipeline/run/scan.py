@@ -25,7 +25,7 @@ from pipeline.listing.source import DEFAULT_EXCLUDE, list_source
 from pipeline.output import commit
 from pipeline.output.policy import read_policy
 from pipeline.past.baseline import describe, stands_suspect
-from pipeline.past.comparable import Found, find_earlier, judged_otherwise, under_other_policy
+from pipeline.past.comparable import Found, find_earlier, judged_otherwise, records_of, under_other_policy
 from pipeline.past.contents import write_contents
 from pipeline.past.earlier import write_earlier
 from pipeline.past.gates import FALSE_ALARMS
@@ -309,11 +309,13 @@ def _increment_json(
     """Against which run, and what has become of its objects; None when every object was to be tested."""
     if manifest.increment is None or earlier is None:
         return None
+    increment = manifest.increment
+    records = records_of(store, increment.judged_by)
     return {
         "run_id": earlier["run_id"],
-        "judged_otherwise": judged_otherwise(store, manifest.increment.judged_by, decides),
-        "under_other_policy": under_other_policy(store, manifest.increment.flagged_by, policy),
-        **asdict(manifest.increment),
+        "judged_otherwise": judged_otherwise(records, increment.judged_by, decides),
+        "under_other_policy": under_other_policy(records, increment.flagged_by, policy),
+        **asdict(increment),
     }
 
 

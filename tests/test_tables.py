@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import threading
+from datetime import timedelta
 
 import pytest
 
@@ -13,10 +14,11 @@ from jobs import query
 from pipeline.errors import UsageError
 from pipeline.output import commit
 from pipeline.past.records import READERS
+from pipeline.review.queue import read_queue
 from pipeline.schema import ALL
 from pipeline.storage import s3_client
 from pipeline.store import Store
-from pipeline.tables.compact import compact
+from pipeline.tables.compact import compact, runs_to_compact
 from pipeline.tables.run_rows import RUNS
 from pipeline.tables.sql import open_tables, sql_session, with_scan_date
 from tests.conftest import QUICK, small_plan
@@ -316,6 +318,22 @@ def test_a_run_that_is_compacted_while_its_record_is_read_is_seen_as_it_is_then(
 def test_an_output_without_a_complete_run_is_wrong_usage(store):
     with pytest.raises(UsageError, match="there is no complete run in"):
         open_tables(store)
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_a_spoilt_record_is_named_with_what_to_do(store, body):
+    """An answer that silently leaves a run out would clear what that run had flagged."""
+    write_night(store, "mon", 0, [judged("a", "flagged", "gore")])
+    write_night(store, "tue", 1, [judged("b", "flagged", "gore")])
+    store.write("runs/tue.json", body)
+    told = r"runs/tue\.json in .+ is not the JSON that was written there: put it back from a copy, or take it away"
+    with pytest.raises(UsageError, match=told):
+        open_tables(store)
+    with pytest.raises(UsageError, match=told):
+        read_queue(store, ("tue",))
+    with pytest.raises(UsageError, match=told):
+        runs_to_compact(store, (), timedelta())
+    expect(run_here(query, "SELECT 1", "--output", store.name), 2, "runs/tue.json")
 
 
 def test_a_bucket_is_read_like_a_folder(s3_endpoint):

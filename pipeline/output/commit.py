@@ -103,10 +103,28 @@ def files_of(table: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_json(store: Store, key: str) -> dict[str, Any] | None:
+    """None where there is none. Raises UsageError for what is no JSON object: anybody may have written over it."""
     try:
-        return json.loads(store.read(key))
+        content = json.loads(store.read(key))
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{_spoilt(store, key)} ({error})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{_spoilt(store, key)} (no object)")
+    return content
+
+
+def _spoilt(store: Store, key: str) -> str:
+    return f"{key} in {store.name} is not the JSON that was written there: put it back from a copy, or take it away"
+
+
+def read_complete(store: Store, run_id: str, purpose: str) -> dict[str, Any]:
+    """A complete run's record. Raises UsageError that says what it was wanted for, as in "only ... are reviewed"."""
+    record = read_json(store, record_key(run_id))
+    if record is None:
+        raise UsageError(f"there is no complete run {run_id!r} in {store.name}: only complete runs are {purpose}")
+    return record
 
 
 def write_json(store: Store, key: str, content: dict[str, Any]) -> None:

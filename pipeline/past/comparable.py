@@ -100,7 +100,7 @@ def read_record(store: Store, run_id: str) -> dict[str, Any] | None:
     """None where there is none, or no run record."""
     try:
         content = commit.read_json(store, commit.record_key(run_id))
-    except (ValueError, RecursionError):
+    except UsageError:
         return None
     return content if _is_record(content) else None
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from pipeline.errors import UsageError
 from pipeline.output import commit
 from pipeline.store import Store
 
@@ -70,5 +71,5 @@ class PastRuns:
     def _json(self, key: str) -> Content:
         try:
             return commit.read_json(self.store, key)
-        except (ValueError, RecursionError, OSError) as error:
+        except (UsageError, OSError) as error:
             return error

@@ -171,9 +171,7 @@ def _own(
 
 
 def _read_record(store: Store, run_id: str) -> dict[str, Any]:
-    record = commit.read_json(store, commit.record_key(run_id))
-    if record is None:
-        raise UsageError(f"there is no complete run {run_id!r} in {store.uri}")
+    record = commit.read_complete(store, run_id, "audited")
     if not commit.files_of("audit", record["files"]):
         raise UsageError(f"run {run_id!r} has no audit table: it was made by a version that drew no sample")
     return record

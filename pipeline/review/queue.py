@@ -92,7 +92,7 @@ def read_queue(store: Store, run_ids: tuple[str, ...], order: Order = "priority"
 
     Raises UsageError for a run that is not complete.
     """
-    records = [_read_record(store, run_id) for run_id in run_ids]
+    records = [commit.read_complete(store, run_id, "reviewed") for run_id in run_ids]
     records.sort(key=lambda record: record["started_at"], reverse=True)
     flagged = _read(store, records, "flagged", schema.FLAGGED, FLAGGED_COLUMNS)
     audit = _read(store, records, "audit", schema.AUDIT, AUDIT_COLUMNS)
@@ -110,13 +110,6 @@ def read_queue(store: Store, run_ids: tuple[str, ...], order: Order = "priority"
         audit=audit,
         plans=plans,
     )
-
-
-def _read_record(store: Store, run_id: str) -> dict[str, Any]:
-    record = commit.read_json(store, commit.record_key(run_id))
-    if record is None:
-        raise UsageError(f"there is no complete run {run_id!r} in {store.name}: only complete runs are reviewed")
-    return record
 
 
 def _read(store: Store, records: list[dict[str, Any]], table: str, whole: pa.Schema, columns: list[str]) -> pa.Table:

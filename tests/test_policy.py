@@ -113,6 +113,11 @@ def test_a_policy_is_read_with_the_digest_of_its_file_and_comes_back_from_a_froz
             r"categories.gore.bands.0.action: '<b>' is not an action: a letter a-z, then",
         ),
         (with_bands({"from": 0.5}), r"categories.gore.bands.0.action is missing; give it"),
+        (
+            CONTENT | {"version": 1.1},
+            r"version: 1.1 is a number, of which 1.1 and 1.10 are the same one; put it in quotes",
+        ),
+        (CONTENT | {"version": True}, r"version is True, but text is wanted"),
         (CONTENT | {"defualt": "remove"}, r"defualt is no field; known there: name, version, default, categories"),
         (CONTENT | {"name": "two words"}, r"name: 'two words' is not a letter or digit, then"),
         ("categories: {gore: {}, gore: {}}", r"not YAML: line 1, column 24: 'gore' stands there twice; keep one"),

@@ -6,6 +6,7 @@ that every row of a run was made by the same one.
 
 from __future__ import annotations
 
+from datetime import date
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -21,9 +22,18 @@ Action = Annotated[
     spelt(r"[a-z][a-z0-9_-]{0,31}", "an action: a letter a-z, then up to 31 of a-z, 0-9, '-' and '_', as in take_down"),
 ]
 """A short name of the owner's own, as ``remove``: it stands in tables and on pages."""
+
+
+def _as_written(value: Any) -> Any:
+    """Whole numbers and dates are what they look like; of 1.10 YAML keeps 1.1, which is another version."""
+    if isinstance(value, float):
+        raise ValueError(f"{value:g} is a number, of which 1.1 and 1.10 are the same one; put it in quotes, as '1.10'")
+    return str(value) if isinstance(value, (int, date)) and not isinstance(value, bool) else value
+
+
 Name = Annotated[
     str,
-    BeforeValidator(str),
+    BeforeValidator(_as_written),
     spelt(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "a letter or digit, then up to 63 letters, digits, '.', '-' and '_'"),
 ]
 Score = Annotated[float, NUMBER, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -10,7 +10,7 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.errors import UsageError
 from pipeline.output.opening import open_output
-from pipeline.storage import check_endpoint, storage_errors_as_usage
+from pipeline.storage import check_endpoint, storage_errors_as_failure, storage_errors_as_usage
 from pipeline.tables.clean import Litter, find_abandoned, find_litter
 
 
@@ -44,6 +44,7 @@ def run(config: JobConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
     with storage_errors_as_usage():
         store = open_output(config.output, config.endpoint_url)
+    with storage_errors_as_failure():
         age = timedelta(hours=config.older_than)
         found = [find_abandoned(store, config.abandon, age)] if config.abandon else find_litter(store, age)
         for litter in found:

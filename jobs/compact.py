@@ -10,7 +10,7 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.errors import UsageError
 from pipeline.output.opening import open_output
-from pipeline.storage import check_endpoint, storage_errors_as_usage
+from pipeline.storage import check_endpoint, storage_errors_as_failure, storage_errors_as_usage
 from pipeline.tables.compact import TARGET_BYTES, compact, runs_to_compact
 from pipeline.tables.compact_reviews import compact_reviews
 
@@ -50,6 +50,7 @@ def run(config: JobConfig) -> None:
     with storage_errors_as_usage():
         store = open_output(config.output, config.endpoint_url, kms_key=config.kms_key)
         runs = runs_to_compact(store, config.run_id, timedelta(hours=config.older_than))
+    with storage_errors_as_failure():
         for run_id in runs:
             done = compact(store, run_id, round(config.target_megabytes * 1e6))
             console.print(

@@ -9,7 +9,7 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.errors import UsageError
 from pipeline.output.opening import open_output
-from pipeline.storage import check_endpoint, storage_errors_as_usage
+from pipeline.storage import check_endpoint, storage_errors_as_failure, storage_errors_as_usage
 from pipeline.tables.erase import Subject, erase
 
 
@@ -44,6 +44,7 @@ def run(config: JobConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
     with storage_errors_as_usage():
         store = open_output(config.output, config.endpoint_url, kms_key=config.kms_key)
+    with storage_errors_as_failure():
         rewritten = erase(store, Subject(image_ids=config.image_id, uris=config.uri), dry_run=config.dry_run)
     for file in rewritten:
         console.print(

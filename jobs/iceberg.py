@@ -9,7 +9,7 @@ from rich.console import Console
 from jobs.cli import run_job
 from pipeline.errors import UsageError
 from pipeline.output.opening import open_output
-from pipeline.storage import check_endpoint, storage_errors_as_usage
+from pipeline.storage import check_endpoint, storage_errors_as_failure, storage_errors_as_usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ def run(config: JobConfig) -> None:
     with storage_errors_as_usage():
         store = open_output(config.output, config.endpoint_url)
         catalog = open_catalog(config.catalog, config.namespace)
+    with storage_errors_as_failure():
         for done in publish(store, config.run_id, catalog, config.namespace):
             rows = ", ".join(f"{count:,} of {table}" for table, count in done.rows.items())
             console.print(f"run {done.run_id}: {f'{rows} published' if rows else 'was published'}", markup=False)

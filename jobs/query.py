@@ -27,8 +27,9 @@ FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 class JobConfig:
     """Asks the tables of complete runs something, in DuckDB's SQL.
 
-    Views: runs, ledger, flagged, errors, audit, newest_ledger, per_image, flagged_latest and reviews; docs/tables.md
-    defines them. A query reads the output and never writes to it. Exit codes: 0 answered, 2 wrong SQL, usage or output.
+    Views: runs, ledger, flagged, errors, audit, newest_ledger, per_image, flagged_latest, reviews, decisions and
+    disputed; docs/tables.md defines them. A query reads the output and never writes to it. Exit codes: 0 answered,
+    2 wrong SQL, usage or output.
     """
 
     sql: str = ""

@@ -48,7 +48,7 @@ def run(words: list[str], config: JobConfig) -> None:
     if bool(words) == bool(config.follow):
         raise UsageError(f"give a job to submit ({', '.join(JOBS)}) with its flags, or --follow RUN_ID")
     address = config.address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
-    say = partial(Console(stderr=True, soft_wrap=True, highlight=False).print, markup=False)
+    say = partial(Console(soft_wrap=True, highlight=False).print, markup=False)
     if config.follow:
         client = connect(address)
         submission_id = newest_job(client, address, config.follow)
@@ -65,7 +65,10 @@ def run(words: list[str], config: JobConfig) -> None:
     if config.no_wait:
         say(follower.goes_on)
         return
-    sys.exit(follower.wait())
+    code = follower.wait()
+    if code:  # the reason is in the log, which goes to standard output: cron mails what goes to standard error
+        print(f"job {submission_id} ended with exit code {code}: the end of its log says why", file=sys.stderr)
+    sys.exit(code)
 
 
 def build(name: str, *arguments: str) -> Job:

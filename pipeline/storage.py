@@ -33,7 +33,7 @@ from obstore.exceptions import (
 from obstore.store import S3Store
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from pipeline.errors import StoreError, UsageError
+from pipeline.errors import RunError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -49,6 +49,8 @@ LISTING_THREADS = 16
 LISTING_DEPTH = 3
 ANSWERS = (FileNotFoundError, NotFoundError, AlreadyExistsError, PreconditionError)
 """What a store says when it works."""
+STORAGE_ERRORS = (BaseError, BotoCoreError, ClientError, OSError, ValueError)
+"""What clients and files raise, obstore ValueError too."""
 # What errors of S3 servers and of clients say of the caller's credentials.
 SECRETS = re.compile(
     r"<(AWSAccessKeyId|StringToSign|StringToSignBytes|SignatureProvided|CanonicalRequest|CanonicalRequestBytes)>.*?(</\1>|$)"
@@ -222,8 +224,21 @@ def storage_errors_as_usage() -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (BaseError, BotoCoreError, ClientError, OSError, ValueError) as error:
+    except STORAGE_ERRORS as error:
         raise UsageError(f"storage: {reason(error)}") from error
+
+
+@contextmanager
+def storage_errors_as_failure() -> Iterator[None]:
+    """For work on an output that can be repeated: once it has begun, some of it may be done."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except STORAGE_ERRORS as error:
+        raise RunError(
+            f"storage: {reason(error)}; some of it may be done: start it again until it ends with 0"
+        ) from error
 
 
 def check_endpoint(endpoint_url: str | None) -> None:

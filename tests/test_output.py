@@ -8,12 +8,12 @@ from types import ModuleType
 import pytest
 
 from jobs import audit, clean, compact, erase, iceberg, query, review, status
-from pipeline.errors import UsageError
+from pipeline.errors import StoreError, UsageError
 from pipeline.output import commit
 from pipeline.output.opening import open_output
 from pipeline.storage import s3_client
 from pipeline.store import Store
-from tests.outputs import run_here
+from tests.outputs import judged, run_here, write_night
 
 JOBS: list[tuple[ModuleType, tuple[str, ...]]] = [
     (status, ()),
@@ -46,6 +46,25 @@ def test_an_output_that_is_not_there_is_refused_and_not_made(job, arguments, tmp
         result = run_here(job, *arguments, "--output", output, *endpoint)
         assert (result.returncode, result.stdout) == (2, "")
         assert f"there is no run under {output}; give the --output of the scans" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "asked"),
+    [(clean, ("--delete",), "objects"), (compact, (), "read_version"), (erase, ("--uri", "s3://b/a"), "read_version")],
+)
+def test_a_store_that_goes_away_in_the_middle_ends_with_1(job, arguments, asked, tmp_path, monkeypatch):
+    """With 2, which says that nothing is changed, a half-done erasure would look like one that was not begun."""
+    store = Store(str(tmp_path / "out"))
+    write_night(store, "mon", 0, [judged("a", "flagged", "gore")])
+
+    def gone(*_: object, **__: object) -> None:
+        raise StoreError("the store has gone")
+
+    monkeypatch.setattr(Store, asked, gone)
+    result = run_here(job, *arguments, "--output", store.name)
+    assert result.returncode == 1
+    told = "storage: the store has gone; some of it may be done: start it again until it ends with 0"
+    assert result.stderr == f"{job.__name__}: {told}\n"
 
 
 def bucket(endpoint: str) -> str:

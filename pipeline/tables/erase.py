@@ -75,7 +75,7 @@ def erase(store: Store, subject: Subject, *, dry_run: bool) -> list[Rewritten]:
         if any(_holds(store, key, subject) for key in _parquet(store, run)):
             raise UsageError(
                 f"run {run!r} lists the object and is not complete: finish it with jobs.scan --run-id {run}, or give "
-                f"it up with jobs.clean --abandon {run}, then erase"
+                f"it up with jobs.clean --abandon {run} --delete, then erase"
             )
     reviewed = not dry_run and bool(review_files(store))
     with alone(store, REWRITTEN) if reviewed else nullcontext(lambda: None) as hold:

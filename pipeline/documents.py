@@ -14,6 +14,7 @@ from pipeline.storage import parse_uri, read_object, reason
 from pipeline.store import digest
 
 M = TypeVar("M", bound=BaseModel)
+MERGE = "tag:yaml.org,2002:merge"
 
 
 class Strict(BaseModel):
@@ -26,10 +27,11 @@ class _Loader(yaml.SafeLoader):
     """YAML takes the last of two equal keys in silence: half of what somebody has written would not count."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        nodes = [key for key, _ in node.value if key.tag != MERGE]  # what "<<" brings may be said anew
+        keys = [self.construct_object(key, deep=True) for key in nodes]
         for number, key in enumerate(keys):
             if key in keys[:number]:
-                mark = node.value[number][0].start_mark
+                mark = nodes[number].start_mark
                 raise yaml.MarkedYAMLError(problem=f"{key!r} stands there twice; keep one", problem_mark=mark)
         return super().construct_mapping(node, deep)
 
@@ -43,13 +45,13 @@ def read_document(model: type[M], what: str, uri: str, endpoint_url: str | None)
         raise UsageError(f"{where}: no such file") from error
     except OSError as error:
         raise UsageError(f"{where}: {error.strerror or reason(error)}") from error
-    return parse_document(model, parse_yaml(body, where, _Loader), where), digest(body)
+    return parse_document(model, parse_yaml(body, where), where), digest(body)
 
 
-def parse_yaml(text: str | bytes, where: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> dict[str, Any]:
+def parse_yaml(text: str | bytes, where: str) -> dict[str, Any]:
     """The fields that a file holds. Raises UsageError."""
     try:
-        content = yaml.load(text, loader)
+        content = yaml.load(text, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{where} is not YAML: {yaml_in_words(error)}") from error
     if not isinstance(content, dict):

@@ -201,6 +201,8 @@ def test_a_configuration_file_runs_no_code(tmp_path):
     file.write_text(f"source: !!python/object/apply:os.mkdir [{tmp_path}/ran]")
     expect(refuse("--config", str(file)), 2, "is not YAML", "could not determine a constructor")
     assert not (tmp_path / "ran").exists()
+    file.write_text("deadline: '06:00'\ndeadline: '08:00'")
+    expect(refuse("--config", str(file)), 2, "line 2, column 1: 'deadline' stands there twice; keep one")
 
 
 def test_the_demo_draws_serves_and_scans_a_corpus(tmp_path):

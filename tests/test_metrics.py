@@ -25,6 +25,7 @@ from pipeline.output.tally import Tally
 from pipeline.reporting.exporter import Exporter
 from pipeline.reporting.metrics import METRICS, STEP_COUNTERS, Sample, counted, exposition, of_heartbeat, of_run
 from pipeline.run.scan import ScanConfig, run_scan
+from pipeline.steps.bank import IGNORED
 from pipeline.steps.fetch import Fetcher
 from pipeline.store import Store
 from tests.conftest import QUICK, small_plan
@@ -172,6 +173,12 @@ def test_a_sample_has_the_labels_of_its_metric():
     with pytest.raises(AssertionError):
         Sample("dorfman_images_total", {"plan": "p"}, 1)
     assert list(counted(Tally(), "p")) == [Sample("dorfman_shards_total", {"plan": "p"}, 1)], "nothing grows by nothing"
+
+
+def test_entries_of_banks_that_are_not_obeyed_are_no_series():
+    tally = Tally()
+    tally.add_work([{"operator": f"{IGNORED}:known:{'a' * 64}", "round": None, "images_in": 3, "images_out": 3}])
+    assert [sample.name for sample in counted(tally, "p")] == ["dorfman_shards_total"]
 
 
 class Scraper:

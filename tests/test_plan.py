@@ -111,6 +111,18 @@ def test_a_plan_file_is_read_safely(tmp_path):
     assert load_plan(str(file)).stages[0].rounds == (16, 4)
 
 
+def test_half_of_a_plan_is_not_passed_over_in_silence(tmp_path):
+    """YAML takes the last of two equal keys; what "<<" brings from elsewhere may be said anew."""
+    file = tmp_path / "plan.yaml"
+    text = yaml.safe_dump(content())
+    file.write_text(f"{text}name: another\n")
+    with pytest.raises(UsageError, match="'name' stands there twice; keep one"):
+        load_plan(str(file))
+    pool = "fetch: &pool {num_cpus: 0.5, actors: {min: 1, max: 2}}, decode: {<<: *pool, num_cpus: 1}"
+    file.write_text(f"{text}preparation: {{{pool}}}\n")
+    assert load_plan(str(file)).preparation.decode.num_cpus == 1
+
+
 def test_a_plan_runs_no_code(tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text(

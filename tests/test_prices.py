@@ -154,6 +154,13 @@ def test_a_folder_asks_for_nothing_that_costs(tmp_path):
     assert there("listed.parquet", str(tmp_path))["gets"] == 19_000, "its uris are mostly those of a bucket"
 
 
+@pytest.mark.parametrize(
+    "source", ["s3://lists/night.csv", "s3://reports/a/2026/manifest.json", "reports/a/2026/manifest.json"]
+)
+def test_nobody_lists_what_a_table_or_a_report_has_listed(source, tmp_path):
+    assert [there(source, str(tmp_path))[name] for name in ("gets", "puts")] == [19_000, 0]
+
+
 # What it costs
 
 

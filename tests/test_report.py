@@ -17,8 +17,9 @@ from PIL import Image
 from pipeline import schema
 from pipeline.codes import CODES
 from pipeline.output.sink import table_bytes
-from pipeline.plan import Plan
+from pipeline.plan import Plan, StageSpec
 from pipeline.reporting import report
+from pipeline.reporting.histogram import Scores
 from pipeline.reporting.report import write_report
 from pipeline.steps import decode, fetch, picture, stages
 from pipeline.storage import Location
@@ -441,6 +442,18 @@ def test_no_bar_holds_scores_of_both_sides_of_a_threshold(render: Render) -> Non
     assert [bar.split(",")[0] for bar in last] == ["1 cleared", "1 cleared", "1 flagged", "1 flagged"]
     assert last[1].endswith("to 0.6") and "score 0.6 to" in last[2]
     assert "score 0 to" in last[0] and last[3].endswith("to 1")
+
+
+def test_thresholds_of_all_categories_part_the_bars() -> None:
+    limits = {"gore": (0.5,), "weapon": (0.513,), "spam": (0.5,)}
+    stage = StageSpec.model_validate({"name": "s", "model": "m", "rounds": [1], "thresholds": limits, "input_size": 80})
+    scores = Scores((stage,))
+    found = [0.4999, 0.5, 0.5129, 0.513, 0.999999]
+    scores.add("cleared", pa.table({"stage": ["s"] * 5, "round": [0] * 5, "score": found}))
+    (chart,) = scores.charts()
+    bars = [(bar["count"], round(bar["low"], 4), round(bar["high"], 4)) for bar in chart["bars"]["cleared"]]
+    assert [bar[0] for bar in bars] == [1, 2, 1, 1] and [bars[1][1], *bars[1][2:], bars[2][1]] == [0.5, 0.513, 0.513]
+    assert all(bar["width"] > 0 for bar in chart["bars"]["cleared"])
 
 
 def test_the_top_is_taken_over_all_files(render: Render) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -98,9 +99,8 @@ def test_runs_are_listed_newest_first_as_they_stand(filled):
 def test_the_job_says_so_as_a_table_as_objects_and_for_prometheus(filled):
     where = ("--output", filled.name, *(("--endpoint-url", filled.endpoint_url) if filled.endpoint_url else ()))
     table = run_here(status, *where).stdout
-    assert [
-        name for name in ("dead", "alive", "stopped", "failed", "odd", "good") if name in table
-    ] and "0.250" in table
+    names = ("dead", "alive", "stopped", "failed", "odd", "good")
+    assert re.findall(rf"^│ ({'|'.join(names)}) ", table, re.MULTILINE) == list(names) and "0.250" in table
     objects = [json.loads(line) for line in run_here(status, *where, "--json").stdout.splitlines()]
     assert [entry["state"] for entry in objects] == ["stale", "running", "stopped", "failed", "suspect", "complete"]
     one = run_here(status, *where, "--run-id", "failed")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.csv
@@ -37,17 +37,27 @@ def image_id(uri: str, etag: str | None) -> str:
     return hashlib.blake2b(f"{uri}\0{etag or ''}".encode(), digest_size=16).hexdigest()
 
 
+def kind_of(source: str) -> Literal["report", "table", "folder", "prefix"]:
+    location = parse_uri(source)
+    if is_report(location):
+        return "report"
+    if location.key.endswith((".parquet", ".csv")):
+        return "table"
+    return "folder" if location.bucket is None else "prefix"
+
+
 def list_source(source: str, exclude: tuple[str, ...], endpoint_url: str | None) -> Iterator[dict[str, Any]]:
     """Rows (uri, size_bytes, etag, modified_at) of everything in the source. Raises UsageError."""
     location = parse_uri(source)
-    if is_report(location):
-        rows = list_report(location, endpoint_url)
-    elif location.key.endswith((".parquet", ".csv")):
-        rows = _list_table(location, endpoint_url)
-    elif location.bucket is None:
-        rows = _list_folder(Path(location.key))
-    else:
-        rows = _list_s3(location, endpoint_url)
+    match kind_of(source):
+        case "report":
+            rows = list_report(location, endpoint_url)
+        case "table":
+            rows = _list_table(location, endpoint_url)
+        case "folder":
+            rows = _list_folder(Path(location.key))
+        case "prefix":
+            rows = _list_s3(location, endpoint_url)
     excluded = re.compile("|".join(map(fnmatch.translate, exclude)) or r"(?!)").match
     for row in rows:
         name = row["uri"].rsplit("/", 1)[-1]

@@ -25,8 +25,8 @@ class Scores:
 
     def __init__(self, stages: tuple[StageSpec, ...]) -> None:
         self.rounds = [(stage, number) for stage in stages for number in range(len(stage.rounds))]
-        # A threshold is an edge, so that no bar holds scores of both its sides.
-        self.edges = [_edges(next(iter(stage.thresholds.values()))[number]) for stage, number in self.rounds]
+        # Thresholds are edges, so that no bar holds scores of both sides of one.
+        self.edges = [_edges([values[number] for values in stage.thresholds.values()]) for stage, number in self.rounds]
         self.counts = [
             {kind: np.zeros(len(edges) - 1, np.int64) for kind in ("cleared", "flagged")} for edges in self.edges
         ]
@@ -61,11 +61,14 @@ def axis_position(score: Any) -> Any:
     return ((np.log(inside / (1 - inside)) / LOGIT_LIMIT).clip(-1, 1) + 1) / 2 * PLOT_WIDTH
 
 
-def _edges(threshold: float) -> np.ndarray:
-    """Bins of one width from the threshold outwards; the first and the last end with the axis."""
-    inner = np.arange(axis_position(threshold) % BIN_WIDTH, PLOT_WIDTH, BIN_WIDTH)
+def _edges(thresholds: list[float]) -> np.ndarray:
+    """Bins of one width from the first threshold outwards; those of other categories part the bins that they fall into,
+    and the first and the last end with the axis."""
+    first, *others = axis_position(thresholds)
+    reach = math.ceil(PLOT_WIDTH / BIN_WIDTH)
+    inner = first + BIN_WIDTH * np.arange(-reach, reach + 1)  # so that the threshold itself is exactly an edge
     inner = inner[(inner > BIN_WIDTH / 2) & (inner < PLOT_WIDTH - BIN_WIDTH / 2)]
-    return np.concatenate([[0.0], inner, [PLOT_WIDTH]])
+    return np.unique([0.0, *inner, *others, PLOT_WIDTH])
 
 
 def _height(count: int, decades: int) -> float:

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from pipeline.output.tally import Tally
 from pipeline.reporting.takeover import standing
+from pipeline.steps.bank import IGNORED
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def counted(tally: Tally, plan: str) -> Iterator[Sample]:
     samples = [Sample("dorfman_shards_total", {"plan": plan}, 1)]
     samples += [Sample(name, {"plan": plan, label: key}, n) for name, label, by in named for key, n in by.items()]
     for row in tally.work_rows():
+        if row["operator"].startswith(f"{IGNORED}:"):
+            continue  # a series for each entry would be kept for as long as the node lives, and name known content
         step = {"plan": plan, "stage": row["operator"], "round": _round(row["round"])}
         samples += [Sample(name, step, row[field]) for name, field in STEP_COUNTERS.items()]
     return (sample for sample in samples if sample.value > 0)

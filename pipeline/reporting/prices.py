@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from pipeline.documents import Strict, read_document
+from pipeline.listing.source import kind_of
 from pipeline.mistakes import NUMBER, spelt
 from pipeline.output.policy import Name
 from pipeline.storage import parse_uri
@@ -112,12 +113,13 @@ def resources(
     Counted are objects fetched and attempt files; what a shard and a listing take is known; requests that were
     repeated, HEADs and DELETEs are not in it. A folder is asked for nothing that costs.
     """
-    gets = fetched if _is_paid(source) else 0
+    kind = kind_of(source)
+    gets = 0 if kind == "folder" else fetched  # a file that lists uris mostly lists those of a bucket
     puts = 0.0
-    if _is_paid(output):
+    if parse_uri(output).bucket is not None:
         gets += meter.attempt_files + GETS_OF_A_SHARD * shards
         puts += meter.attempt_files + PUTS_OF_A_SHARD * shards
-    if _is_paid(source):
+    if kind == "prefix":
         puts += math.ceil(listed / LISTED_PER_REQUEST)  # a LIST is charged as a PUT
     cpus, gpus = meter.cluster or (None, None)
     return {
@@ -132,11 +134,6 @@ def resources(
         "puts": int(puts),
         "bytes_written": int(written),
     }
-
-
-def _is_paid(uri: str) -> bool:
-    """Whether requests cost: not to a folder. A file that lists uris mostly lists those of a bucket."""
-    return parse_uri(uri).bucket is not None or uri.endswith((".parquet", ".csv"))
 
 
 def cost_of(record: Mapping[str, Any], prices: dict[str, Any]) -> dict[str, Any]:

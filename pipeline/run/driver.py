@@ -86,7 +86,7 @@ class Driver:
         self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, max_outage)
         self.committed_before = self.ledger.tally.listed
         self.decided = self.committed_before
-        self.budget = Budget(limits, self.ledger.tally)
+        self.limits = limits
         self.alarms = alarms
         self.events = Events(run_id)
         self.exporter = Exporter(plan.name)
@@ -100,7 +100,7 @@ class Driver:
         with ExitStack() as session, self._failing_by_name(began), self._heartbeat():
             self._write_status("running", began)
             forget_listing(self.store, self.run_id)
-            if warning := self.budget.warning(self.ledger.pending):
+            if warning := self.limits.warning(self.ledger.pending):
                 self.events.tell("unbounded", f"run {self.run_id}: {warning}", level=logging.WARNING)
             startup = self._stream(began, session)
             record = self._record("complete", began, startup, self._judge(labels))
@@ -117,6 +117,7 @@ class Driver:
                 self._committed(judged, progress, began)
             if not self.ledger.pending:
                 return None
+            budget = Budget(self.limits, self.ledger.tally, self.ledger.pending)
             destination = Destination(
                 store=self.store,
                 endpoint_url=self.endpoint_url,
@@ -142,7 +143,7 @@ class Driver:
                 shard = self.ledger.add(receipt)
                 if shard is not None:
                     self._committed(shard, progress, began)
-                    self.budget.check(self.ledger.tally, self.ledger.pending)
+                    budget.check(self.ledger.tally, self.ledger.pending)
             self.meter.look(at_once=True)  # the last at which the cluster is there
         if self.ledger.pending:
             raise RunError(f"{len(self.ledger.pending)} shards were not finished though the stream has ended")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeline.storage import s3_client
 from pipeline.store import Store
 from pipeline.tables.clean import find_litter
 from tests.conftest import QUICK, small_plan
+from tests.faults import Faults, fault_proxy
 from tests.outputs import run_here, scan_by_hand
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -149,6 +151,55 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path):
     assert follow(store, "r", said.append, pause).state == "complete"
     assert [(run.state, run.decided) for run in said] == [("running", 600), ("running", 900), ("complete", 1000)]
     assert len(pauses) == 3 and set(pauses) == {5.0}
+
+
+class Away:
+    """An output that does not answer, once it has been followed for a moment, for ``seconds``."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.until = seconds, 0.0
+        self.faults = Faults(share={"503": 1.0}, matches=lambda *_: time.monotonic() < self.until)
+
+    def begin(self) -> None:
+        self.until = time.monotonic() + self.seconds
+
+
+@pytest.fixture
+def followed(s3_endpoint: str, tmp_path: Path) -> Store:
+    bucket = f"followed-{tmp_path.name[-8:].strip('_').lower()}"
+    s3_client(s3_endpoint).create_bucket(Bucket=bucket)
+    store = Store(f"s3://{bucket}/out", s3_endpoint)
+    written(store, "r", "running")
+    return store
+
+
+def test_an_output_that_is_away_for_a_while_is_waited_for_and_its_driver_too(followed, monkeypatch):
+    """Away for longer than a driver may be silent, which could not say that it is alive."""
+    monkeypatch.setattr("pipeline.reporting.runs.BEAT_SECONDS", 0.5)
+    away, said, pauses = Away(1.5), [], []
+
+    def pause(_: float) -> None:
+        pauses.append(1)
+        if len(pauses) == 1:
+            written(followed, "r", "running", ago=STALE_SECONDS + 60)
+            away.begin()
+        else:
+            written(followed, "r", "complete")
+
+    with fault_proxy(followed.endpoint_url, away.faults) as url:
+        follow(replace(followed, endpoint_url=url), "r", lambda run: said.append(run.state), pause)
+    assert said == ["running", "stale", "complete"] and away.faults.hits["503"] > 1
+
+
+def test_an_output_that_stays_away_ends_who_follows_as_a_failure_of_no_run(followed, monkeypatch):
+    monkeypatch.setattr("pipeline.reporting.runs.FOLLOW_PATIENCE", 0.2)
+    away = Away(600)
+    with fault_proxy(followed.endpoint_url, away.faults) as url:
+        store = replace(followed, endpoint_url=url)
+        with pytest.raises(
+            RunError, match=r"^storage: .*503.*; how run 'r' stands cannot be seen .*: follow it again$"
+        ):
+            follow(store, "r", lambda _: None, lambda _: away.begin())
 
 
 def test_wrong_usage_is_named(tmp_path):

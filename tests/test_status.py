@@ -18,11 +18,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import status
-from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
+from pipeline.errors import RunError, RunStopped, RunSuspect, StoreError, UsageError
 from pipeline.output import commit
 from pipeline.reporting.heartbeat import STALE_SECONDS, Heartbeat, Listing, Pulse, newest_heartbeat, of_driver
 from pipeline.reporting.runs import follow, line, list_runs, read_run
 from pipeline.run.driver import Driver
+from pipeline.run.limits import Budget
 from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from pipeline.store import Store
@@ -354,6 +355,36 @@ def test_the_record_of_a_failed_run_is_made_once_and_says_why(tmp_path, monkeypa
     assert made == ["running", "failed"]
     status = commit.read_json(Store(str(tmp_path / "out")), commit.status_key("night"))
     assert status is not None and "the disk is gone" in status["failure"] and "files" not in status
+
+
+@pytest.mark.parametrize("how", ["refused", "taken over"])
+def test_a_run_that_stops_at_a_limit_ends_as_stopped_whatever_becomes_of_its_status(tmp_path, monkeypatch, how):
+    """Where the output refuses it, or a newer driver has written its own."""
+    source, store, check = tmp_path / "source", Store(str(tmp_path / "out")), Budget.check
+    source.mkdir()
+    for number in range(96):
+        (source / f"{number}.jpg").write_bytes(b"a picture")
+    key = commit.status_key("night")
+
+    def check_late(*arguments: Any) -> None:
+        if how == "refused":
+            monkeypatch.setattr(Store, "write", refuse)
+        else:
+            store.create("_state/night/epochs/000002.json", b"{}")
+            commit.write_json(store, key, {"status": "running", "of": "the newer one"})
+        check(*arguments)
+
+    def refuse(*_: Any) -> str:
+        raise StoreError("the output refuses")
+
+    monkeypatch.setattr(Budget, "check", check_late)
+    with pytest.raises(RunStopped, match=r"run 'night' stopped: 1\.0 GMAC are done, .*--run-id night to go on"):
+        scan_by_hand(
+            source, store.name, small_plan(tmp_path, QUICK, window={"images": 32}), "night", lambda _: "cleared",
+            shard_size=32, limit_cost=1.5,
+        )  # fmt: skip
+    left = commit.read_json(store, key)
+    assert left is not None and left["status"] == "running" and ("of" in left) == (how == "taken over")
 
 
 def test_a_driver_that_died_while_it_listed_is_stale_until_somebody_goes_on(store):

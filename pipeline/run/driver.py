@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+from botocore.exceptions import BotoCoreError
 from obstore.exceptions import BaseError
 
 from pipeline.errors import RunError, RunStopped
@@ -175,15 +176,14 @@ class Driver:
             return None
         return judge_run(self.store, commit.files_of("ledger", self.ledger.files), labels).to_json()
 
-    def _write_status(self, status: str, began: float, **more: Any) -> dict[str, Any]:
-        return self._put_status(self._record(status, began, None, None) | more)
+    def _write_status(self, status: str, began: float) -> None:
+        self._put_status(self._record(status, began, None, None))
 
-    def _put_status(self, content: dict[str, Any]) -> dict[str, Any]:
+    def _put_status(self, content: dict[str, Any]) -> None:
         self.exporter.stands(content)
         # Written after every shard: with the files of all shards before, it would grow with each.
         short = {name: value for name, value in content.items() if name != "files"}
         commit.write_json(self.store, commit.status_key(self.run_id), short)
-        return content
 
     def _record(
         self, status: str, began: float, startup: float | None, quality: dict[str, Any] | None
@@ -265,14 +265,14 @@ class Driver:
         try:
             yield
         except RunStopped as stop:
-            self._ended("stopped", self._write_status("stopped", began, reason=str(stop)), reason=str(stop))
+            record = self._record("stopped", began, None, None) | {"reason": str(stop)}
+            self._put_end(record)
+            self._ended("stopped", record, reason=str(stop))
             raise RunStopped(f"run {self.run_id!r} stopped: {stop}; {self._again()}") from None
         except (KeyboardInterrupt, Exception) as error:
             line = one_line(error)
             record = self._record("failed", began, None, None) | {"failure": line}
-            # When the output itself is what failed, the line below has to do.
-            with suppress(BaseError, OSError):
-                self._put_failure(record)
+            self._put_end(record, redact(traceback.format_exc()))
             self._ended("failed", record, reason=line)
             if isinstance(error, KeyboardInterrupt):
                 raise type(error)(f"{error or 'interrupted'}; {self._again()}") from None
@@ -281,7 +281,11 @@ class Driver:
     def _again(self) -> str:
         return f"start it again with --run-id {self.run_id} to go on"
 
-    def _put_failure(self, record: dict[str, Any]) -> None:
-        if self.ledger.is_current():
-            self._put_status(record)
-            self.store.write(commit.failure_key(self.run_id), redact(traceback.format_exc()).encode())
+    def _put_end(self, record: dict[str, Any], trace: str | None = None) -> None:
+        """Writes how this driver ended, unless the run is another one's by now."""
+        # When the output itself does not take it, the line that the job ends with has to do.
+        with suppress(BaseError, BotoCoreError, OSError):
+            if self.ledger.is_current():
+                self._put_status(record)
+                if trace is not None:
+                    self.store.write(commit.failure_key(self.run_id), trace.encode())

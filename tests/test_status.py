@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -16,11 +17,15 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from jobs import status
 from pipeline.errors import RunError, RunStopped, RunSuspect, StoreError, UsageError
+from pipeline.listing.manifest import Shard
 from pipeline.output import commit
+from pipeline.plan import load_plan
 from pipeline.reporting.heartbeat import STALE_SECONDS, Heartbeat, Listing, Pulse, newest_heartbeat, of_driver
+from pipeline.reporting.progress import Progress
 from pipeline.reporting.runs import follow, line, list_runs, read_run
 from pipeline.run.driver import Driver
 from pipeline.run.limits import Budget
@@ -231,13 +236,48 @@ def test_a_status_starts_without_torch_and_ray():
 def test_a_pulse_tells_rate_and_end_of_the_last_minutes():
     pulse = Pulse(10_000, 100, NOW)
     for number in range(1, 21):
-        seen = pulse.beat(100 + 60 * number, NOW + timedelta(seconds=30 * number))
+        seen = pulse.beat(100 + 60 * number, 60 * number, NOW + timedelta(seconds=30 * number))
     assert (seen["decided"], seen["images_per_s"]) == (1300, 2.0)
     assert datetime.fromisoformat(seen["ends_at"]) == NOW + timedelta(seconds=600 + 8700 / 2)
     moved = seen["moved_at"]
     for number in range(21, 32):
-        seen = pulse.beat(1300, NOW + timedelta(seconds=30 * number))
+        seen = pulse.beat(1300, 1200, NOW + timedelta(seconds=30 * number))
     assert seen["moved_at"] == moved and seen["ends_at"] is None and seen["images_per_s"] == 0
+
+
+def test_what_earlier_runs_judged_moves_a_pulse_and_tells_no_rate():
+    pulse = Pulse(10_000, 0, NOW)
+    seen = pulse.beat(9_000, 0, NOW + timedelta(seconds=30))
+    assert (seen["decided"], seen["images_per_s"], seen["ends_at"]) == (9_000, 0, None)
+    assert datetime.fromisoformat(seen["moved_at"]) == NOW + timedelta(seconds=30)
+    seen = pulse.beat(9_060, 60, NOW + timedelta(seconds=60))
+    assert seen["images_per_s"] == 1 and seen["ends_at"] == (NOW + timedelta(seconds=60 + 940)).isoformat()
+
+
+def test_an_incremental_night_is_as_fast_as_what_it_looks_at(tmp_path):
+    """Its rate leaves out what the night before has judged."""
+    source, output = tmp_path / "source", str(tmp_path / "out")
+    source.mkdir()
+    for number in range(99):
+        (source / f"{number}.jpg").write_bytes(b"a picture")
+    plan = small_plan(tmp_path, QUICK, window={"images": 32})
+    first = scan_by_hand(source, output, plan, "one", lambda _: "cleared")
+    assert first["images_per_s"] * first["seconds"] == pytest.approx(99)
+    (source / "new.jpg").write_bytes(b"another")
+    second = scan_by_hand(source, output, plan, "two", lambda _: "cleared", since="last", known_content=False)
+    assert second["counts"]["listed"] == 100 and second["images_per_s"] * second["seconds"] == pytest.approx(1)
+    idle = scan_by_hand(source, output, plan, "three", lambda _: "cleared", since="last")
+    assert idle["counts"]["listed"] == 100 and idle["images_per_s"] == 0
+
+
+def test_a_line_of_progress_counts_what_earlier_runs_judged_and_has_the_rate_of_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.reporting.progress.LINE_SECONDS", -1)
+    printed = io.StringIO()
+    progress = Progress("r", load_plan(str(small_plan(tmp_path, QUICK))), 1_000, 50, Console(file=printed, width=200))
+    progress.committed(Shard(index=0, images=900, windows=9, key="", sha256="", judged=True), 1, 2)
+    progress.began -= 10
+    progress.add({"outcomes": [{"outcome": "cleared", "images": 20}], "work": []})
+    assert "970 of 1,000 images, 2/s;" in printed.getvalue()
 
 
 def wait_for(happened: threading.Event) -> None:
@@ -254,7 +294,7 @@ def test_a_heartbeat_moves_between_commits_and_ends_with_its_driver(tmp_path):
         if len(told) > 2:
             twice.set()
 
-    with of_driver(store, "r", 3, 10, lambda: decided[0], tell, seconds=0.02) as heartbeat:
+    with of_driver(store, "r", 3, 10, lambda: (decided[0], decided[0]), tell, seconds=0.02) as heartbeat:
         wait_for(twice)
     heartbeat.thread.join(10)
     seen = newest_heartbeat(store, "r")

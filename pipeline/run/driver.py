@@ -87,6 +87,8 @@ class Driver:
         self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, max_outage)
         self.committed_before = self.ledger.tally.listed
         self.decided = self.committed_before
+        self.taken_over = 0
+        """Images that this driver has committed and nobody looked at: earlier runs had judged them."""
         self.limits = limits
         self.alarms = alarms
         self.events = Events(run_id)
@@ -115,6 +117,7 @@ class Driver:
         with Progress(self.run_id, self.plan, self.frozen["listed"], self.committed_before) as progress:
             for judged in [shard for shard in self.ledger.pending if shard.judged]:
                 self.ledger.add_judged(judged)
+                self.taken_over += judged.images
                 self._committed(judged, progress, began)
             if not self.ledger.pending:
                 return None
@@ -211,7 +214,7 @@ class Driver:
             "seconds": seconds,
             "startup_seconds": startup,
             "commit_seconds": self.ledger.commit_seconds,
-            "images_per_s": (tally.listed - self.committed_before) / seconds,
+            "images_per_s": (tally.listed - self.committed_before - self.taken_over) / seconds,
             "committed_before": self.committed_before,
             "quality": quality,
             "files": sorted(self.ledger.files, key=lambda file: file["path"]),
@@ -245,7 +248,9 @@ class Driver:
 
     def _heartbeat(self) -> Heartbeat:
         listed = self.frozen["listed"]
-        return of_driver(self.store, self.run_id, self.ledger.epoch, listed, lambda: self.decided, self._beat)
+        return of_driver(
+            self.store, self.run_id, self.ledger.epoch, listed, lambda: (self.decided, self.meter.images), self._beat
+        )
 
     def _beat(self, beat: dict[str, Any]) -> None:
         self.exporter.beat(beat, self.frozen)

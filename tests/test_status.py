@@ -255,7 +255,7 @@ def test_what_earlier_runs_judged_moves_a_pulse_and_tells_no_rate():
 
 
 def test_an_incremental_night_is_as_fast_as_what_it_looks_at(tmp_path):
-    """Its rate leaves out what the night before has judged."""
+    """Its rate and its windows leave out what the night before has judged."""
     source, output = tmp_path / "source", str(tmp_path / "out")
     source.mkdir()
     for number in range(99):
@@ -266,8 +266,9 @@ def test_an_incremental_night_is_as_fast_as_what_it_looks_at(tmp_path):
     (source / "new.jpg").write_bytes(b"another")
     second = scan_by_hand(source, output, plan, "two", lambda _: "cleared", since="last", known_content=False)
     assert second["counts"]["listed"] == 100 and second["images_per_s"] * second["seconds"] == pytest.approx(1)
+    assert (first["windows"], second["windows"]) == (4, 1)
     idle = scan_by_hand(source, output, plan, "three", lambda _: "cleared", since="last")
-    assert idle["counts"]["listed"] == 100 and idle["images_per_s"] == 0
+    assert idle["counts"]["listed"] == 100 and (idle["images_per_s"], idle["windows"]) == (0, 0)
 
 
 def test_a_line_of_progress_counts_what_earlier_runs_judged_and_has_the_rate_of_the_rest(tmp_path, monkeypatch):

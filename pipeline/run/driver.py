@@ -193,13 +193,14 @@ class Driver:
     ) -> dict[str, Any]:
         """The run record: what is committed at this moment."""
         tally = self.ledger.tally
+        committed = [self.ledger.shards[index] for index in self.ledger.done]
         seconds = time.perf_counter() - began
         startup = seconds if startup is None else startup
         record = {key: self.frozen.get(key) for key in RECORD_FIELDS} | {
             "status": status,
             "updated_at": datetime.now(UTC).isoformat(),
             "counts": {"listed": tally.listed, **tally.outcomes},
-            "windows": sum(self.ledger.shards[index].windows for index in self.ledger.done),
+            "windows": sum(shard.windows for shard in committed if not shard.judged),
             "errors": tally.errors,
             "canaries": count_canaries(tally.skips),
             "skips": tally.skips,

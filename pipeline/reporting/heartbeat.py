@@ -34,7 +34,7 @@ class Pulse:
     """How far, how fast and until when, from what is seen beat by beat. Its moments are UTC.
 
     How far is all that is decided; how fast is what was looked at. What earlier runs had judged is committed first and
-    ten thousand times as fast, and says nothing of when the rest will be done.
+    in bulk, and says nothing of when the rest will be done.
     """
 
     def __init__(self, listed: int, decided: int, now: datetime) -> None:

@@ -32,7 +32,7 @@ class Progress:
         self.plan = plan
         self.listed = listed
         self.before = committed_before
-        self.taken_over = 0
+        self.judged_before = 0
         self.events = Events(run_id, console)
         self.tally = Tally()
         self.began = self.last_line = time.perf_counter()
@@ -71,7 +71,7 @@ class Progress:
 
     def committed(self, shard: Shard, done: int, shards: int) -> None:
         if shard.judged:
-            self.taken_over += shard.images
+            self.judged_before += shard.images
         if not self.live:
             why = f": {shard.images:,} images judged before" if shard.judged else ""
             text = f"shard {shard.index} committed ({done} of {shards}){why}" if shards > 1 else None
@@ -80,7 +80,7 @@ class Progress:
     @property
     def decided(self) -> int:
         """Images whose outcome has reached the sink, those committed before, and those that earlier runs judged."""
-        return self.before + self.taken_over + self.tally.listed
+        return self.before + self.judged_before + self.tally.listed
 
     def _line(self) -> str:
         stages = ", ".join(

@@ -87,7 +87,7 @@ class Driver:
         self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, max_outage)
         self.committed_before = self.ledger.tally.listed
         self.decided = self.committed_before
-        self.taken_over = 0
+        self.judged_before = 0
         """Images that this driver has committed and nobody looked at: earlier runs had judged them."""
         self.limits = limits
         self.alarms = alarms
@@ -117,7 +117,7 @@ class Driver:
         with Progress(self.run_id, self.plan, self.frozen["listed"], self.committed_before) as progress:
             for judged in [shard for shard in self.ledger.pending if shard.judged]:
                 self.ledger.add_judged(judged)
-                self.taken_over += judged.images
+                self.judged_before += judged.images
                 self._committed(judged, progress, began)
             if not self.ledger.pending:
                 return None
@@ -215,7 +215,7 @@ class Driver:
             "seconds": seconds,
             "startup_seconds": startup,
             "commit_seconds": self.ledger.commit_seconds,
-            "images_per_s": (tally.listed - self.committed_before - self.taken_over) / seconds,
+            "images_per_s": (tally.listed - self.committed_before - self.judged_before) / seconds,
             "committed_before": self.committed_before,
             "quality": quality,
             "files": sorted(self.ledger.files, key=lambda file: file["path"]),

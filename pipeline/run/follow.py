@@ -43,7 +43,7 @@ class Follower:
     def wait(self) -> int:
         """The exit code of the job's driver. Raises RunError when it has none, or when the head has gone silent.
 
-        Who is ended meanwhile ends as any job does, by Ctrl-C with a RunError, and leaves the job alone.
+        Ctrl-C is a RunError too; SIGTERM and a reader that left raise what they are. All of them leave the job alone.
         """
         try:
             while True:

@@ -23,8 +23,8 @@ WIDTH = 160
 class JobConfig:
     """Lists the runs of an output, newest first, or shows one of them, or follows it until it ends.
 
-    Exit codes: 0; with --follow those of the run: 0 complete, 1 failed or without a driver, 3 suspect, 4 stopped; 2
-    wrong usage or output.
+    Exit codes: 0; with --follow those of the run: 0 complete, 1 failed or without a driver, 3 suspect, 4 stopped, and 1
+    when the output went away for long; 2 wrong usage or output.
     """
 
     output: str

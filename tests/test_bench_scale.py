@@ -112,8 +112,9 @@ def test_what_a_scan_took_is_told_apart_from_its_start_up():
     assert row["commit_us"] == pytest.approx(2_000) and row["listing_us"] == pytest.approx(5_000)
     assert (row["peak_bytes"], row["listing_peak_bytes"], row["shards"]) == (9e8, 6e8, 2)
     # Where nothing is tested, all that comes behind the listing is what the night costs.
-    unchanged = RECORD | {"counts": {"listed": 2_000, "skipped": 2_000}}
-    assert row_of(unchanged, TRACE)["images_per_s"] == pytest.approx(2_000 / 60)
+    unchanged = row_of(RECORD | {"counts": {"listed": 2_000, "skipped": 2_000}, "windows": 0}, TRACE)
+    assert unchanged["images_per_s"] == pytest.approx(2_000 / 60)
+    assert unchanged["window_ms"] == unchanged["windows_per_s"] == 0
 
 
 def test_a_process_is_watched_until_its_end():

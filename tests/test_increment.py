@@ -682,20 +682,17 @@ def test_a_run_stops_before_the_shard_that_would_pass_a_limit():
     clock = [datetime(2026, 11, 24, 22, 0, tzinfo=UTC)]
     limits = Limits.of(100.0, "06:00", lambda: clock[0])
     assert limits.deadline == datetime(2026, 11, 25, 6, 0, tzinfo=UTC)
-    before = spent(images=500, gmac=1000.0)
-    budget = Budget(limits, before, lambda: clock[0])
-    pending = [shard(100), shard(100), shard(900, judged=True)]
+    pending = [shard(100), shard(100), shard(40), shard(100), shard(900, judged=True)]
+    budget = Budget(limits, spent(1000.0), pending, lambda: clock[0])
     clock[0] += timedelta(hours=1)
-    budget.check(spent(images=600, gmac=1040.0), pending)
-    budget.check(spent(images=700, gmac=1080.0), [shard(40)])
+    budget.check(spent(1040.0), pending[1:])
+    budget.check(spent(1080.0), pending[2:])
     with pytest.raises(RunStopped, match=r"80\.0 GMAC are done, and another shard would pass the limit of 100\.0"):
-        budget.check(spent(images=700, gmac=1080.0), pending)
-    budget.check(spent(images=700, gmac=1080.0), [shard(900, judged=True)])
-    with pytest.raises(RunStopped):
-        budget.check(spent(images=700, gmac=1080.0), [shard(100), shard(1)])
+        budget.check(spent(1080.0), [shard(100), shard(40), shard(900, judged=True)])
+    budget.check(spent(1080.0), [shard(900, judged=True)])
     clock[0] += timedelta(hours=4)
     with pytest.raises(RunStopped, match="another shard would not be done by 2026-11-25T06:00 UTC"):
-        budget.check(spent(images=600, gmac=1001.0), pending)
+        budget.check(spent(1001.0), pending[1:])
     for text, words in (("25:00", "write HH:MM"), ("2020-01-01", "has passed"), ("soon", "write HH:MM")):
         with pytest.raises(UsageError, match=words):
             Limits.of(None, text)
@@ -703,12 +700,25 @@ def test_a_run_stops_before_the_shard_that_would_pass_a_limit():
         Limits.of(-1, None)
 
 
+def test_known_content_counts_on_both_sides_of_a_forecast():
+    """After a prefix was renamed nearly all of each shard is known: skipped, and yet what a shard takes."""
+    clock = [datetime(2026, 11, 24, 22, 0, tzinfo=UTC)]
+    pending = [shard(100) for _ in range(9)]
+    budget = Budget(Limits.of(100.0, "06:00", lambda: clock[0]), Tally(), pending, lambda: clock[0])
+    clock[0] += timedelta(hours=1)
+    budget.check(spent(1.0, tested=1, known=99), pending[1:])
+    budget.check(spent(1.0, tested=1, known=199), pending[2:])
+    clock[0] += timedelta(hours=6)
+    with pytest.raises(RunStopped, match="would not be done by"):
+        budget.check(spent(0.0, tested=0, known=300), pending[3:])
+
+
 def test_a_limit_that_no_shard_border_can_keep_is_told_before_the_start():
     now, late = lambda: datetime(2026, 11, 24, 22, 0, tzinfo=UTC), "06:00"
     one, more = [shard(1_000), shard(900, judged=True)], [shard(1_000), shard(1_000)]
 
     def warning(gmac: float | None, deadline: str | None, pending: list[Shard]) -> str | None:
-        return Budget(Limits.of(gmac, deadline, now), Tally(), now).warning(pending)
+        return Limits.of(gmac, deadline, now).warning(pending)
 
     assert warning(None, late, one) == (
         "--deadline cannot stop this start: it stops between shards, and there is one of 1,000 images to test; a "
@@ -719,9 +729,9 @@ def test_a_limit_that_no_shard_border_can_keep_is_told_before_the_start():
     assert [warning(9.0, late, more), warning(None, None, one), warning(9.0, late, one[1:])] == [None] * 3
 
 
-def spent(images: int, gmac: float) -> Tally:
+def spent(gmac: float, *, tested: int = 100, known: int = 0) -> Tally:
     tally = Tally()
-    tally.add_outcomes({"cleared": images, "skipped": 7})
+    tally.add_outcomes({"cleared": tested, "skipped": known})
     tally.add_work([{"operator": "s", "round": 0, "gmac": gmac}])
     return tally
 

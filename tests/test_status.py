@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -16,18 +18,24 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from jobs import status
-from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
+from pipeline.errors import RunError, RunStopped, RunSuspect, StoreError, UsageError
+from pipeline.listing.manifest import Shard
 from pipeline.output import commit
+from pipeline.plan import load_plan
 from pipeline.reporting.heartbeat import STALE_SECONDS, Heartbeat, Listing, Pulse, newest_heartbeat, of_driver
+from pipeline.reporting.progress import Progress
 from pipeline.reporting.runs import follow, line, list_runs, read_run
 from pipeline.run.driver import Driver
+from pipeline.run.limits import Budget
 from pipeline.run.scan import ScanConfig, run_scan
 from pipeline.storage import s3_client
 from pipeline.store import Store
 from pipeline.tables.clean import find_litter
 from tests.conftest import QUICK, small_plan
+from tests.faults import Faults, fault_proxy
 from tests.outputs import run_here, scan_by_hand
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -151,6 +159,55 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path):
     assert len(pauses) == 3 and set(pauses) == {5.0}
 
 
+class Away:
+    """An output that does not answer, once it has been followed for a moment, for ``seconds``."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.until = seconds, 0.0
+        self.faults = Faults(share={"503": 1.0}, matches=lambda *_: time.monotonic() < self.until)
+
+    def begin(self) -> None:
+        self.until = time.monotonic() + self.seconds
+
+
+@pytest.fixture
+def followed(s3_endpoint: str, tmp_path: Path) -> Store:
+    bucket = f"followed-{tmp_path.name[-8:].strip('_').lower()}"
+    s3_client(s3_endpoint).create_bucket(Bucket=bucket)
+    store = Store(f"s3://{bucket}/out", s3_endpoint)
+    written(store, "r", "running")
+    return store
+
+
+def test_an_output_that_is_away_for_a_while_is_waited_for_and_its_driver_too(followed, monkeypatch):
+    """Away for longer than a driver may be silent, which could not say that it is alive."""
+    monkeypatch.setattr("pipeline.reporting.runs.BEAT_SECONDS", 0.5)
+    away, said, pauses = Away(1.5), [], []
+
+    def pause(_: float) -> None:
+        pauses.append(1)
+        if len(pauses) == 1:
+            written(followed, "r", "running", ago=STALE_SECONDS + 60)
+            away.begin()
+        else:
+            written(followed, "r", "complete")
+
+    with fault_proxy(followed.endpoint_url, away.faults) as url:
+        follow(replace(followed, endpoint_url=url), "r", lambda run: said.append(run.state), pause)
+    assert said == ["running", "stale", "complete"] and away.faults.hits["503"] > 1
+
+
+def test_an_output_that_stays_away_ends_who_follows_as_a_failure_of_no_run(followed, monkeypatch):
+    monkeypatch.setattr("pipeline.reporting.runs.FOLLOW_PATIENCE", 0.2)
+    away = Away(600)
+    with fault_proxy(followed.endpoint_url, away.faults) as url:
+        store = replace(followed, endpoint_url=url)
+        with pytest.raises(
+            RunError, match=r"^storage: .*503.*; how run 'r' stands cannot be seen .*: follow it again$"
+        ):
+            follow(store, "r", lambda _: None, lambda _: away.begin())
+
+
 def test_wrong_usage_is_named(tmp_path):
     written(Store(str(tmp_path)), "r", "complete")
     for arguments, words in (
@@ -179,13 +236,49 @@ def test_a_status_starts_without_torch_and_ray():
 def test_a_pulse_tells_rate_and_end_of_the_last_minutes():
     pulse = Pulse(10_000, 100, NOW)
     for number in range(1, 21):
-        seen = pulse.beat(100 + 60 * number, NOW + timedelta(seconds=30 * number))
+        seen = pulse.beat(100 + 60 * number, 60 * number, NOW + timedelta(seconds=30 * number))
     assert (seen["decided"], seen["images_per_s"]) == (1300, 2.0)
     assert datetime.fromisoformat(seen["ends_at"]) == NOW + timedelta(seconds=600 + 8700 / 2)
     moved = seen["moved_at"]
     for number in range(21, 32):
-        seen = pulse.beat(1300, NOW + timedelta(seconds=30 * number))
+        seen = pulse.beat(1300, 1200, NOW + timedelta(seconds=30 * number))
     assert seen["moved_at"] == moved and seen["ends_at"] is None and seen["images_per_s"] == 0
+
+
+def test_what_earlier_runs_judged_moves_a_pulse_and_tells_no_rate():
+    pulse = Pulse(10_000, 0, NOW)
+    seen = pulse.beat(9_000, 0, NOW + timedelta(seconds=30))
+    assert (seen["decided"], seen["images_per_s"], seen["ends_at"]) == (9_000, 0, None)
+    assert datetime.fromisoformat(seen["moved_at"]) == NOW + timedelta(seconds=30)
+    seen = pulse.beat(9_060, 60, NOW + timedelta(seconds=60))
+    assert seen["images_per_s"] == 1 and seen["ends_at"] == (NOW + timedelta(seconds=60 + 940)).isoformat()
+
+
+def test_an_incremental_night_is_as_fast_as_what_it_looks_at(tmp_path):
+    """Its rate and its windows leave out what the night before has judged."""
+    source, output = tmp_path / "source", str(tmp_path / "out")
+    source.mkdir()
+    for number in range(99):
+        (source / f"{number}.jpg").write_bytes(b"a picture")
+    plan = small_plan(tmp_path, QUICK, window={"images": 32})
+    first = scan_by_hand(source, output, plan, "one", lambda _: "cleared")
+    assert first["images_per_s"] * first["seconds"] == pytest.approx(99)
+    (source / "new.jpg").write_bytes(b"another")
+    second = scan_by_hand(source, output, plan, "two", lambda _: "cleared", since="last", known_content=False)
+    assert second["counts"]["listed"] == 100 and second["images_per_s"] * second["seconds"] == pytest.approx(1)
+    assert (first["windows"], second["windows"]) == (4, 1)
+    idle = scan_by_hand(source, output, plan, "three", lambda _: "cleared", since="last")
+    assert idle["counts"]["listed"] == 100 and (idle["images_per_s"], idle["windows"]) == (0, 0)
+
+
+def test_a_line_of_progress_counts_what_earlier_runs_judged_and_has_the_rate_of_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.reporting.progress.LINE_SECONDS", -1)
+    printed = io.StringIO()
+    progress = Progress("r", load_plan(str(small_plan(tmp_path, QUICK))), 1_000, 50, Console(file=printed, width=200))
+    progress.committed(Shard(index=0, images=900, windows=9, key="", sha256="", judged=True), 1, 2)
+    progress.began -= 10
+    progress.add({"outcomes": [{"outcome": "cleared", "images": 20}], "work": []})
+    assert "970 of 1,000 images, 2/s;" in printed.getvalue()
 
 
 def wait_for(happened: threading.Event) -> None:
@@ -202,7 +295,7 @@ def test_a_heartbeat_moves_between_commits_and_ends_with_its_driver(tmp_path):
         if len(told) > 2:
             twice.set()
 
-    with of_driver(store, "r", 3, 10, lambda: decided[0], tell, seconds=0.02) as heartbeat:
+    with of_driver(store, "r", 3, 10, lambda: (decided[0], decided[0]), tell, seconds=0.02) as heartbeat:
         wait_for(twice)
     heartbeat.thread.join(10)
     seen = newest_heartbeat(store, "r")
@@ -303,6 +396,36 @@ def test_the_record_of_a_failed_run_is_made_once_and_says_why(tmp_path, monkeypa
     assert made == ["running", "failed"]
     status = commit.read_json(Store(str(tmp_path / "out")), commit.status_key("night"))
     assert status is not None and "the disk is gone" in status["failure"] and "files" not in status
+
+
+@pytest.mark.parametrize("how", ["refused", "taken over"])
+def test_a_run_that_stops_at_a_limit_ends_as_stopped_whatever_becomes_of_its_status(tmp_path, monkeypatch, how):
+    """Where the output refuses it, or a newer driver has written its own."""
+    source, store, check = tmp_path / "source", Store(str(tmp_path / "out")), Budget.check
+    source.mkdir()
+    for number in range(96):
+        (source / f"{number}.jpg").write_bytes(b"a picture")
+    key = commit.status_key("night")
+
+    def check_late(*arguments: Any) -> None:
+        if how == "refused":
+            monkeypatch.setattr(Store, "write", refuse)
+        else:
+            store.create("_state/night/epochs/000002.json", b"{}")
+            commit.write_json(store, key, {"status": "running", "of": "the newer one"})
+        check(*arguments)
+
+    def refuse(*_: Any) -> str:
+        raise StoreError("the output refuses")
+
+    monkeypatch.setattr(Budget, "check", check_late)
+    with pytest.raises(RunStopped, match=r"run 'night' stopped: 1\.0 GMAC are done, .*--run-id night to go on"):
+        scan_by_hand(
+            source, store.name, small_plan(tmp_path, QUICK, window={"images": 32}), "night", lambda _: "cleared",
+            shard_size=32, limit_cost=1.5,
+        )  # fmt: skip
+    left = commit.read_json(store, key)
+    assert left is not None and left["status"] == "running" and ("of" in left) == (how == "taken over")
 
 
 def test_a_driver_that_died_while_it_listed_is_stale_until_somebody_goes_on(store):

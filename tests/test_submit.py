@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,9 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobTy
 
 from jobs import scan
 from jobs.cli import parse
-from pipeline.errors import RunError, UsageError
+from pipeline.errors import ReaderGone, RunError, Terminated, UsageError
 from pipeline.run import follow, submission
+from pipeline.run.endings import ended_by_name
 from pipeline.run.follow import Follower, exit_code
 from pipeline.run.head import Client
 from pipeline.run.scan import new_run_id
@@ -341,14 +342,39 @@ def test_a_job_that_something_else_ended_is_said_to_have_failed(job, words):
     assert "\n" not in str(found.value)
 
 
-def test_interrupting_leaves_the_job_alone(monkeypatch):
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+def interrupt(_: str) -> None:
+    raise KeyboardInterrupt
+
+
+def terminate(_: str) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+
+
+def leave(_: str) -> None:
+    raise ReaderGone("nobody reads")
+
+
+@pytest.mark.parametrize(
+    ("write", "raised", "code", "words"),
+    [
+        (interrupt, RunError, 1, "job x-1 goes on: follow it with "),
+        (terminate, Terminated, 143, "terminated by SIGTERM; job x-1 goes on: follow it with "),
+        (leave, ReaderGone, 141, "nobody reads; job x-1 goes on: follow it with "),
+    ],
+)
+def test_who_is_ended_leaves_the_job_alone_and_keeps_the_code_of_the_signal(monkeypatch, write, raised, code, words):
+    """While a line of the log is printed, within the loop that reads it."""
+
+    async def tail(_: str) -> AsyncIterator[str]:
+        yield "a line"
 
     client = Shaky(details(JobStatus.RUNNING))
-    monkeypatch.setattr(client, "get_job_info", interrupt)
-    with pytest.raises(RunError, match=r"job x-1 goes on: follow it with .*--follow x-1, or end it with ray job stop"):
-        Follower(client, "http://h:1", "x-1", print).wait()
+    monkeypatch.setattr(client, "tail_job_logs", tail)
+    with ended_by_name(), pytest.raises(raised) as found:
+        Follower(client, "http://h:1", "x-1", write).wait()
+    assert type(found.value) is raised and found.value.exit_code == code
+    assert str(found.value).startswith(words) and "--follow x-1, or end it with ray job stop" in str(found.value)
 
 
 def test_a_head_that_is_not_there_or_does_not_answer_is_one_line_and_soon(work, monkeypatch):

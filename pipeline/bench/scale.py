@@ -246,6 +246,7 @@ def row_of(record: dict[str, Any], trace: Trace) -> dict[str, Any]:
     begin = ended_at - record["seconds"] + record["startup_seconds"] if tested else frozen_at
     listing, scanning = (trace.between("machine", *span) for span in ((listed_at, frozen_at), (begin, end)))
     driver = trace.between("driver", begin, end)
+    windows = record["windows"]  # none where nothing is tested
     return {
         "seconds": end - float(trace.when[0]),
         "startup_seconds": (begin - float(trace.when[0])) - (frozen_at - listed_at),
@@ -253,12 +254,12 @@ def row_of(record: dict[str, Any], trace: Trace) -> dict[str, Any]:
         "images_per_s": keys / (end - begin),
         "cpu_s_per_1k": 1000 * (listing + scanning) / keys,
         "listing_cpu_s_per_1k": 1000 * listing / keys,
-        "windows_per_s": record["windows"] / (end - begin),
+        "windows_per_s": windows / (end - begin),
         "listing_us": 1e6 * (frozen_at - listed_at) / keys,
-        "window_ms": 1e3 * max(0.0, driver - record["commit_seconds"]) / record["windows"],
+        "window_ms": 1e3 * max(0.0, driver - record["commit_seconds"]) / windows if windows else 0.0,
         "commit_us": 1e6 * record["commit_seconds"] / keys,
         "driver_cpu_seconds": driver,
-        "windows": record["windows"],
+        "windows": windows,
         "shards": len(commit.files_of("ledger", record["files"])),
         "commit_seconds": record["commit_seconds"],
         "listing_peak_bytes": trace.peak_until(frozen_at),

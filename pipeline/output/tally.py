@@ -30,11 +30,6 @@ class Tally:
         return sum(self.outcomes.values())
 
     @property
-    def tested(self) -> int:
-        """All but those that were skipped; known content was fetched at least, canaries are few."""
-        return self.listed - self.outcomes["skipped"]
-
-    @property
     def gmac(self) -> float:
         return sum(work["gmac"] for work in self.work.values())
 

@@ -31,20 +31,24 @@ RATE_BEATS = 10
 
 
 class Pulse:
-    """How far, how fast and until when, from what is seen beat by beat. Its moments are UTC."""
+    """How far, how fast and until when, from what is seen beat by beat. Its moments are UTC.
+
+    How far is all that is decided; how fast is what was looked at. What earlier runs had judged is committed first and
+    in bulk, and says nothing of when the rest will be done.
+    """
 
     def __init__(self, listed: int, decided: int, now: datetime) -> None:
-        self.listed = listed
+        self.listed, self.decided = listed, decided
         self.moved_at = now
-        self.seen: deque[tuple[datetime, int]] = deque([(now, decided)], maxlen=RATE_BEATS + 1)
+        self.seen: deque[tuple[datetime, int]] = deque([(now, 0)], maxlen=RATE_BEATS + 1)
 
-    def beat(self, decided: int, now: datetime) -> dict[str, Any]:
-        """``ends_at`` is None while nothing moves."""
-        if decided != self.seen[-1][1]:
-            self.moved_at = now
-        self.seen.append((now, decided))
+    def beat(self, decided: int, looked_at: int, now: datetime) -> dict[str, Any]:
+        """``looked_at``: by this driver. ``ends_at`` is None while nothing is."""
+        if decided != self.decided:
+            self.decided, self.moved_at = decided, now
+        self.seen.append((now, looked_at))
         began, first = self.seen[0]
-        rate = (decided - first) / max((now - began).total_seconds(), 1e-9)
+        rate = (looked_at - first) / max((now - began).total_seconds(), 1e-9)
         left = self.listed - decided
         return {
             "updated_at": now.isoformat(),
@@ -98,15 +102,16 @@ def of_driver(
     run_id: str,
     epoch: int,
     listed: int,
-    decided: Callable[[], int],
+    seen: Callable[[], tuple[int, int]],
     tell: Callable[[dict[str, Any]], None],
     seconds: float = BEAT_SECONDS,
 ) -> Heartbeat:
-    """Of a run that is frozen. ``decided`` is asked at each beat, ``tell`` is given it."""
-    pulse = Pulse(listed, decided(), datetime.now(UTC))
+    """Of a run that is frozen. ``seen`` says at each beat how many images are decided, and how many of them this driver
+    has looked at; ``tell`` is given the beat."""
+    pulse = Pulse(listed, seen()[0], datetime.now(UTC))
 
     def say() -> dict[str, Any]:
-        beat = {"run_id": run_id, "epoch": epoch} | pulse.beat(decided(), datetime.now(UTC))
+        beat = {"run_id": run_id, "epoch": epoch} | pulse.beat(*seen(), datetime.now(UTC))
         tell(beat)
         return beat
 

@@ -59,7 +59,7 @@ METRICS = {
     ),
     "dorfman_run_relative_cost": Metric("gauge", _RUN, "GMAC over those of testing every tested image alone."),
     "dorfman_run_seconds": Metric("gauge", _RUN, "Seconds of the run's last driver."),
-    "dorfman_run_images_per_second": Metric("gauge", _RUN, "Images a second of the run's last driver."),
+    "dorfman_run_images_per_second": Metric("gauge", _RUN, "Images a second that the run's last driver looked at."),
     "dorfman_run_suspect_gates": Metric("gauge", _RUN, "Drift gates that the run did not pass and nobody accepted."),
     "dorfman_run_started_timestamp_seconds": Metric("gauge", _RUN, "When the run was started."),
     "dorfman_run_completed_timestamp_seconds": Metric("gauge", _RUN, "When the run was complete."),

@@ -32,6 +32,7 @@ class Progress:
         self.plan = plan
         self.listed = listed
         self.before = committed_before
+        self.judged_before = 0
         self.events = Events(run_id, console)
         self.tally = Tally()
         self.began = self.last_line = time.perf_counter()
@@ -70,7 +71,7 @@ class Progress:
 
     def committed(self, shard: Shard, done: int, shards: int) -> None:
         if shard.judged:
-            self.tally.add_outcomes({"skipped": shard.images})
+            self.judged_before += shard.images
         if not self.live:
             why = f": {shard.images:,} images judged before" if shard.judged else ""
             text = f"shard {shard.index} committed ({done} of {shards}){why}" if shards > 1 else None
@@ -78,8 +79,8 @@ class Progress:
 
     @property
     def decided(self) -> int:
-        """Images whose outcome has reached the sink, those that were committed before among them."""
-        return self.before + self.tally.listed
+        """Images whose outcome has reached the sink, those committed before, and those that earlier runs judged."""
+        return self.before + self.judged_before + self.tally.listed
 
     def _line(self) -> str:
         stages = ", ".join(
@@ -89,6 +90,7 @@ class Progress:
         return f"{self.decided:,} of {self.listed:,} images, {self._rate():.0f}/s; {stages}; errors {errors:,}"
 
     def _rate(self) -> float:
+        """Images a second that were looked at."""
         return self.tally.listed / (time.perf_counter() - self.began)
 
     def _table(self) -> Table:

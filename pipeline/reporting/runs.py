@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,12 +14,15 @@ from rich.table import Table
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
 from pipeline.output import commit
 from pipeline.past.baseline import describe, stands_suspect
-from pipeline.reporting.heartbeat import STALE_SECONDS, newest_heartbeat, newest_listing
+from pipeline.reporting.heartbeat import BEAT_SECONDS, STALE_SECONDS, newest_heartbeat, newest_listing
 from pipeline.reporting.metrics import Sample, of_heartbeat, of_listing, of_run
 from pipeline.reporting.takeover import standing
+from pipeline.storage import STORAGE_ERRORS, reason
 from pipeline.store import Store
 
 POLL_SECONDS = 5.0
+FOLLOW_PATIENCE = 300.0
+"""How long an output may not answer while a run is followed: as long as a scan waits for it."""
 ALIVE = ("listing", "running")
 GOING = (*ALIVE, "stale")
 STATES = (*GOING, "complete", "suspect", "failed", "stopped")
@@ -148,18 +152,35 @@ def _age(moment: str) -> float:
 def follow(store: Store, run_id: str, say: Callable[[Run], None], pause: Callable[[float], None] = time.sleep) -> Run:
     """Looks until the run ends, and says how it stands whenever that has changed.
 
-    Returns it when it is complete; raises what a scan would: RunError, RunStopped, RunSuspect.
+    An output that is away is waited for. Returns the run when it is complete; raises what a scan would, RunError,
+    RunStopped, RunSuspect, and RunError when the output has been away for too long.
     """
-    said = None
+    said, came_back = None, -math.inf
     while True:
-        run = read_run(store, run_id)
+        began = time.monotonic()
+        run = _look(store, run_id)
+        if time.monotonic() - began > BEAT_SECONDS:
+            came_back = time.monotonic()
         seen = (run.state, run.listed, run.decided, run.flagged, run.errors)
         if seen != said:
             say(run)
             said = seen
-        if run.state not in ALIVE:
+        # While its output was away a driver could give no sign of life either.
+        waited_for = run.state == "stale" and time.monotonic() - came_back < STALE_SECONDS
+        if run.state not in ALIVE and not waited_for:
             return ended(run)
         pause(POLL_SECONDS)
+
+
+def _look(store: Store, run_id: str) -> Run:
+    try:
+        return read_run(replace(store, patience=FOLLOW_PATIENCE), run_id)
+    except UsageError:
+        raise
+    except STORAGE_ERRORS as error:
+        raise RunError(
+            f"storage: {reason(error)}; how run {run_id!r} stands cannot be seen from here: follow it again"
+        ) from error
 
 
 def ended(run: Run) -> Run:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+from botocore.exceptions import BotoCoreError
 from obstore.exceptions import BaseError
 
 from pipeline.errors import RunError, RunStopped
@@ -86,7 +87,9 @@ class Driver:
         self.ledger = Ledger(store, run_id, frozen["scan_date"], shards, max_outage)
         self.committed_before = self.ledger.tally.listed
         self.decided = self.committed_before
-        self.budget = Budget(limits, self.ledger.tally)
+        self.judged_before = 0
+        """Images that this driver has committed and nobody looked at: earlier runs had judged them."""
+        self.limits = limits
         self.alarms = alarms
         self.events = Events(run_id)
         self.exporter = Exporter(plan.name)
@@ -100,7 +103,7 @@ class Driver:
         with ExitStack() as session, self._failing_by_name(began), self._heartbeat():
             self._write_status("running", began)
             forget_listing(self.store, self.run_id)
-            if warning := self.budget.warning(self.ledger.pending):
+            if warning := self.limits.warning(self.ledger.pending):
                 self.events.tell("unbounded", f"run {self.run_id}: {warning}", level=logging.WARNING)
             startup = self._stream(began, session)
             record = self._record("complete", began, startup, self._judge(labels))
@@ -114,9 +117,11 @@ class Driver:
         with Progress(self.run_id, self.plan, self.frozen["listed"], self.committed_before) as progress:
             for judged in [shard for shard in self.ledger.pending if shard.judged]:
                 self.ledger.add_judged(judged)
+                self.judged_before += judged.images
                 self._committed(judged, progress, began)
             if not self.ledger.pending:
                 return None
+            budget = Budget(self.limits, self.ledger.tally, self.ledger.pending)
             destination = Destination(
                 store=self.store,
                 endpoint_url=self.endpoint_url,
@@ -142,7 +147,7 @@ class Driver:
                 shard = self.ledger.add(receipt)
                 if shard is not None:
                     self._committed(shard, progress, began)
-                    self.budget.check(self.ledger.tally, self.ledger.pending)
+                    budget.check(self.ledger.tally, self.ledger.pending)
             self.meter.look(at_once=True)  # the last at which the cluster is there
         if self.ledger.pending:
             raise RunError(f"{len(self.ledger.pending)} shards were not finished though the stream has ended")
@@ -174,28 +179,28 @@ class Driver:
             return None
         return judge_run(self.store, commit.files_of("ledger", self.ledger.files), labels).to_json()
 
-    def _write_status(self, status: str, began: float, **more: Any) -> dict[str, Any]:
-        return self._put_status(self._record(status, began, None, None) | more)
+    def _write_status(self, status: str, began: float) -> None:
+        self._put_status(self._record(status, began, None, None))
 
-    def _put_status(self, content: dict[str, Any]) -> dict[str, Any]:
+    def _put_status(self, content: dict[str, Any]) -> None:
         self.exporter.stands(content)
         # Written after every shard: with the files of all shards before, it would grow with each.
         short = {name: value for name, value in content.items() if name != "files"}
         commit.write_json(self.store, commit.status_key(self.run_id), short)
-        return content
 
     def _record(
         self, status: str, began: float, startup: float | None, quality: dict[str, Any] | None
     ) -> dict[str, Any]:
         """The run record: what is committed at this moment."""
         tally = self.ledger.tally
+        committed = [self.ledger.shards[index] for index in self.ledger.done]
         seconds = time.perf_counter() - began
         startup = seconds if startup is None else startup
         record = {key: self.frozen.get(key) for key in RECORD_FIELDS} | {
             "status": status,
             "updated_at": datetime.now(UTC).isoformat(),
             "counts": {"listed": tally.listed, **tally.outcomes},
-            "windows": sum(self.ledger.shards[index].windows for index in self.ledger.done),
+            "windows": sum(shard.windows for shard in committed if not shard.judged),
             "errors": tally.errors,
             "canaries": count_canaries(tally.skips),
             "skips": tally.skips,
@@ -210,7 +215,7 @@ class Driver:
             "seconds": seconds,
             "startup_seconds": startup,
             "commit_seconds": self.ledger.commit_seconds,
-            "images_per_s": (tally.listed - self.committed_before) / seconds,
+            "images_per_s": (tally.listed - self.committed_before - self.judged_before) / seconds,
             "committed_before": self.committed_before,
             "quality": quality,
             "files": sorted(self.ledger.files, key=lambda file: file["path"]),
@@ -244,7 +249,9 @@ class Driver:
 
     def _heartbeat(self) -> Heartbeat:
         listed = self.frozen["listed"]
-        return of_driver(self.store, self.run_id, self.ledger.epoch, listed, lambda: self.decided, self._beat)
+        return of_driver(
+            self.store, self.run_id, self.ledger.epoch, listed, lambda: (self.decided, self.meter.images), self._beat
+        )
 
     def _beat(self, beat: dict[str, Any]) -> None:
         self.exporter.beat(beat, self.frozen)
@@ -264,14 +271,14 @@ class Driver:
         try:
             yield
         except RunStopped as stop:
-            self._ended("stopped", self._write_status("stopped", began, reason=str(stop)), reason=str(stop))
+            record = self._record("stopped", began, None, None) | {"reason": str(stop)}
+            self._put_end(record)
+            self._ended("stopped", record, reason=str(stop))
             raise RunStopped(f"run {self.run_id!r} stopped: {stop}; {self._again()}") from None
         except (KeyboardInterrupt, Exception) as error:
             line = one_line(error)
             record = self._record("failed", began, None, None) | {"failure": line}
-            # When the output itself is what failed, the line below has to do.
-            with suppress(BaseError, OSError):
-                self._put_failure(record)
+            self._put_end(record, redact(traceback.format_exc()))
             self._ended("failed", record, reason=line)
             if isinstance(error, KeyboardInterrupt):
                 raise type(error)(f"{error or 'interrupted'}; {self._again()}") from None
@@ -280,7 +287,11 @@ class Driver:
     def _again(self) -> str:
         return f"start it again with --run-id {self.run_id} to go on"
 
-    def _put_failure(self, record: dict[str, Any]) -> None:
-        if self.ledger.is_current():
-            self._put_status(record)
-            self.store.write(commit.failure_key(self.run_id), redact(traceback.format_exc()).encode())
+    def _put_end(self, record: dict[str, Any], trace: str | None = None) -> None:
+        """Writes how this driver ended, unless the run is another one's by now."""
+        # When the output itself does not take it, the line that the job ends with has to do.
+        with suppress(BaseError, BotoCoreError, OSError):
+            if self.ledger.is_current():
+                self._put_status(record)
+                if trace is not None:
+                    self.store.write(commit.failure_key(self.run_id), trace.encode())

@@ -13,7 +13,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
-from pipeline.errors import RunError
+from pipeline.errors import Ended, RunError
 from pipeline.run.head import Client, one_line, refusal
 
 HEAD_PATIENCE = 300.0
@@ -41,7 +41,10 @@ class Follower:
         )
 
     def wait(self) -> int:
-        """The exit code of the job's driver. Raises RunError when it has none, or when the head has gone silent."""
+        """The exit code of the job's driver. Raises RunError when it has none, or when the head has gone silent.
+
+        Ctrl-C is a RunError too; SIGTERM and a reader that left raise what they are. All of them leave the job alone.
+        """
         try:
             while True:
                 self._print_stream()
@@ -50,6 +53,8 @@ class Follower:
                     self._print_rest()
                     return exit_code(job)
                 time.sleep(PAUSE_SECONDS)
+        except Ended as ended:
+            raise type(ended)(f"{ended}; {self.goes_on}") from None
         except KeyboardInterrupt:
             raise RunError(self.goes_on) from None
 

@@ -30,6 +30,23 @@ class Limits:
             raise UsageError(f"limit cost is {gmac:g} GMAC: give more than 0, or leave it out")
         return Limits(gmac=gmac, deadline=_moment(deadline, now()) if deadline else None)
 
+    def warning(self, pending: Sequence[Shard]) -> str | None:
+        """What to tell a user, before the start, of a limit that cannot be kept; None where it can."""
+        given = [
+            flag for flag, limit in (("--limit-cost", self.gmac), ("--deadline", self.deadline)) if limit is not None
+        ]
+        left = _to_test(pending)
+        if not given or len(left) != 1:
+            return None
+        return (
+            f"{' and '.join(given)} cannot stop this start: it stops between shards, and there is one of "
+            f"{left[0].images:,} images to test; a smaller --shard-size, which a new run takes, makes more of them"
+        )
+
+
+def _to_test(pending: Sequence[Shard]) -> list[Shard]:
+    return [shard for shard in pending if not shard.judged]
+
 
 def _moment(text: str, now: datetime) -> datetime:
     clock = CLOCK.fullmatch(text)
@@ -49,37 +66,26 @@ def _moment(text: str, now: datetime) -> datetime:
 class Budget:
     """Foretells, whenever a shard is committed, whether the next one would pass a limit.
 
-    What a shard will take is what one took so far, by images tested. The first shard of a start is always finished:
-    a run that could not be would begin anew each night.
+    What a shard will take is what those took that this start has committed, by their images: known content among them
+    on both sides, for the next one will have as much. The first shard of a start is always finished: a run that could
+    not be would begin anew each night.
     """
 
-    def __init__(self, limits: Limits, before: Tally, now: Callable[[], datetime] = _now) -> None:
+    def __init__(
+        self, limits: Limits, before: Tally, pending: Sequence[Shard], now: Callable[[], datetime] = _now
+    ) -> None:
+        """When the first shard that is to be tested begins: others cost nothing, and say nothing of it."""
         self.limits, self.now = limits, now
         self.began = now()
-        self.images_before, self.gmac_before = before.tested, before.gmac
-
-    def warning(self, pending: Sequence[Shard]) -> str | None:
-        """What to tell a user, before the start, of a limit that cannot be kept; None where it can."""
-        given = [
-            flag
-            for flag, limit in (("--limit-cost", self.limits.gmac), ("--deadline", self.limits.deadline))
-            if limit is not None
-        ]
-        left = [shard for shard in pending if not shard.judged]
-        if not given or len(left) != 1:
-            return None
-        return (
-            f"{' and '.join(given)} cannot stop this start: it stops between shards, and there is one of "
-            f"{left[0].images:,} images to test; a smaller --shard-size, which a new run takes, makes more of them"
-        )
+        self.gmac_before = before.gmac
+        self.images = _images(pending)
 
     def check(self, tally: Tally, pending: Sequence[Shard]) -> None:
-        """Raises RunStopped."""
-        images = tally.tested - self.images_before
-        sizes = [shard.images for shard in pending if not shard.judged]
-        if not sizes or not images:
+        """Raises RunStopped. ``pending``: fewer than there were at the start, as a shard has been committed."""
+        left = _to_test(pending)
+        if not left:
             return
-        share = sizes[0] / images  # the next one, as they are streamed
+        share = left[0].images / (self.images - _images(pending))  # the next one, as they are streamed
         spent, taken = tally.gmac - self.gmac_before, self.now() - self.began
         if self.limits.gmac is not None and spent * (1 + share) > self.limits.gmac:
             raise RunStopped(
@@ -88,3 +94,7 @@ class Budget:
         deadline = self.limits.deadline
         if deadline is not None and self.now() + taken * share > deadline:
             raise RunStopped(f"another shard would not be done by {deadline:%Y-%m-%dT%H:%M} UTC")
+
+
+def _images(pending: Sequence[Shard]) -> int:
+    return sum(shard.images for shard in _to_test(pending))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from pipeline.past.records import PastRuns
 from pipeline.store import Store
 
 LAST = "last"
+SUSPECT = "is suspect and nobody has accepted it"
 
 
 class _File(BaseModel):
@@ -48,9 +49,10 @@ def find_earlier(store: Store, since: str, source: str, decides: Mapping[str, An
     """The run that ``since`` means: one by its name, or for ``last`` the newest one that compares.
 
     That is a complete run over the same source, by whose record the same ``decides`` (plan, nets, banks) and whose
-    tables are there. A file that is no run record, because it was cut off or written over, is passed over and named. A
-    run that is named is taken whatever its plan was. Runs that took up errors listed a few objects only, so none of
-    them compares. Raises UsageError.
+    tables are there, and which is not suspect, or was accepted: a night that judged wrongly must not have its verdicts
+    kept night after night. A file that is no run record, because it was cut off or written over, is passed over and
+    named. A run that is named is taken whatever its plan was, and suspect or not. Runs that took up errors listed a few
+    objects only, so none of them compares. Raises UsageError.
     """
     if since != LAST:
         return Found(record=_named(store, since))
@@ -69,14 +71,33 @@ def find_earlier(store: Store, since: str, source: str, decides: Mapping[str, An
     ]
     passed: list[str] = []
     for candidate in sorted(records, key=lambda record: record["started_at"], reverse=True):
-        why = differences(candidate, decides)
+        why = _against(past, candidate, decides)
         record = None if why else read_record(store, candidate["run_id"])  # with its files
         if record is not None and stands(store, record):
-            return Found(record=record, notes=(*notes, *passed[:1]))
-        passed.append(f"the newest run over this source, {candidate['run_id']}, {why or 'has lost tables'}")
-        if why:
-            passed[-1] += f" (to keep its verdicts all the same: --since {candidate['run_id']})"
-    return Found(record=None, notes=(*notes, *(passed[:1] or ["there is no complete run over this source"])))
+            return Found(record=record, notes=(*notes, *_most_telling(passed)))
+        passed.append(f"run over this source, {candidate['run_id']}, {why or 'has lost tables'}")
+    if not passed:
+        notes.append("there is no complete run over this source")
+    return Found(record=None, notes=(*notes, *_most_telling(passed)))
+
+
+def _against(past: PastRuns, record: Mapping[str, Any], decides: Mapping[str, Any]) -> str | None:
+    """In words: why a run over the same source is not compared with, and what would have its verdicts kept."""
+    run_id = record["run_id"]
+    named = f"--since {run_id}"
+    if why := differences(record, decides):
+        return f"{why} (to keep its verdicts all the same: {named})"
+    if record.get("suspect") and commit.accepted_key(run_id) not in past.found:
+        return f"{SUSPECT} (to keep its verdicts: python -m jobs.status --accept {run_id}, or once {named})"
+    return None
+
+
+def _most_telling(passed: Sequence[str]) -> list[str]:
+    """Of the runs that were passed over, newest first, the newest one, and the newest that a person's word would have
+    compared with."""
+    suspect = [words for words in passed if SUSPECT in words]
+    told = [f"the newest {words}" for words in passed[:1]]
+    return told + [f"a {words}" for words in suspect[:1] if words != passed[0]]
 
 
 def _named(store: Store, run_id: str) -> dict[str, Any]:

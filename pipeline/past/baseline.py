@@ -73,7 +73,7 @@ def accept(store: Store, run_id: str) -> None:
 
     Raises UsageError.
     """
-    record = commit.read_json(store, commit.record_key(run_id))
+    record = commit.read_record(store, run_id)
     if record is None:
         raise UsageError(f"--accept {run_id}: no complete run of that name in {store.name}")
     if not record.get("suspect"):

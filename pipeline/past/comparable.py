@@ -6,34 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from pipeline.errors import UsageError
 from pipeline.listing.inventory import scope
 from pipeline.output import commit
+from pipeline.output.record import fault
 from pipeline.past.records import PastRuns
 from pipeline.store import Store
 
 LAST = "last"
 SUSPECT = "is suspect and nobody has accepted it"
-
-
-class _File(BaseModel):
-    path: str
-    sha256: str
-
-
-class _Record(BaseModel):
-    """What is asked of the record of a run that may be compared with: anybody may have written it."""
-
-    model_config = ConfigDict(strict=True)
-    run_id: str
-    parent_run_id: str | None = None  # the first version knew no retries
-    source: str
-    started_at: str
-    plan_version: str
-    weights_sha256: dict[str, str]
-    files: list[_File] = []  # ``PastRuns`` leaves them out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,20 +101,15 @@ def _named(store: Store, run_id: str) -> dict[str, Any]:
 def read_record(store: Store, run_id: str) -> dict[str, Any] | None:
     """None where there is none, or no run record."""
     try:
-        content = commit.read_json(store, commit.record_key(run_id))
+        return commit.read_record(store, run_id)
     except UsageError:
         return None
-    return content if _is_record(content) else None
 
 
 def _is_record(content: Any) -> bool:
     if isinstance(content, OSError):
         raise content  # it may be there, and whole
-    try:
-        _Record.model_validate(content)
-    except ValidationError:
-        return False
-    return True
+    return fault(content) is None
 
 
 def differences(record: Mapping[str, Any], decides: Mapping[str, Any]) -> str | None:
@@ -142,7 +118,7 @@ def differences(record: Mapping[str, Any], decides: Mapping[str, Any]) -> str | 
         return None
     if record["plan_version"] != decides["plan_version"]:
         return f"was judged by plan version {record['plan_version']}, and this is {decides['plan_version']}"
-    what = "nets" if record["weights_sha256"] != decides["weights_sha256"] else "banks"
+    what = "nets" if record.get("weights_sha256") != decides["weights_sha256"] else "banks"
     return f"was judged by other {what}"
 
 

@@ -20,8 +20,8 @@ Content = Any
 """Of a record all but its files, of which a large run has thousands, unless they are wanted; None where it is gone; and
 of one that is broken the exception, for whoever wants it to judge. Anybody may have written it: it can be whatever JSON
 can be."""
-BROKEN = (LookupError, TypeError, AttributeError, ValueError, RecursionError, OSError)
-"""What reading raises of JSON that is no record, of what is no JSON, and of what the store does not hand out."""
+BROKEN = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
+"""What reading raises of what is no record."""
 Read = Callable[[Iterable[str]], Iterable[tuple[str, Content]]]
 Wanted = Callable[[str, Content], bool]
 """Of a run's name and content. Raises one of BROKEN for what is no record."""
@@ -53,7 +53,7 @@ def last_started(
             try:
                 if _is_wanted(run_id, content, wanted):
                     found.append((moment(content["started_at"]), run_id, content))
-            except BROKEN as error:
+            except (*BROKEN, OSError) as error:
                 found.append((written[run_id], run_id, error))
     found.sort(key=lambda each: each[:2], reverse=True)
     return list(_up_to(most, ((run_id, content) for _, run_id, content in found)))
@@ -88,10 +88,13 @@ class PastRuns:
         """Everything below ``runs``."""
         return self.store.objects("runs")
 
-    def newest(self, most: int, wanted: Wanted = lambda *_: True) -> list[tuple[str, Content]]:
-        """The complete runs that were started last; see ``last_started``."""
+    def newest(self, most: int, wanted: Wanted | None = None) -> list[tuple[str, Content]]:
+        """The complete runs that were started last; see ``last_started``. All are wanted that have a run record."""
         written = {run_id: self.found[commit.record_key(run_id)][1] for run_id in commit.recorded(self.found)}
-        return last_started(written, self.read, most, wanted)
+        return last_started(written, self.read, most, wanted or self._is_record)
+
+    def _is_record(self, run_id: str, content: Content) -> bool:
+        return bool(commit.checked(self.store, commit.record_key(run_id), content))
 
     def read(self, run_ids: Iterable[str]) -> Iterator[tuple[str, Content]]:
         """In the order of the names."""
@@ -102,12 +105,12 @@ class PastRuns:
         return ((run_id, self.kept[run_id]) for run_id in run_ids)
 
     def whole(self, run_ids: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Those that are there. Raises what reading a broken one does."""
-        for _, content in self.read(run_ids):
+        """Those that are there. Raises what reading a broken one does, and UsageError for what is no run record."""
+        for run_id, content in self.read(run_ids):
             if isinstance(content, Exception):
                 raise content
             if content is not None:
-                yield content
+                yield commit.checked(self.store, commit.record_key(run_id), content)
 
     def audits(self, run_ids: Iterable[str]) -> dict[str, Content]:
         """Of those that have one. They are not kept."""

@@ -132,6 +132,22 @@ def test_flagged_images_come_by_priority_and_each_once(tmp_path):
     assert queue.history(queue.items[0])[0]["match_bank"] == "known"
 
 
+def test_labels_of_copies_may_stand_in_a_file_of_reviews_and_count_nowhere(tmp_path):
+    """Somebody labels all of ``flagged/`` of a night that knew content which an earlier one had flagged."""
+    about = [of_file(draw(tmp_path / f"{number}.jpg", number)) for number in range(4)]
+    store = Store(str(tmp_path / "out"))
+    rows = [flagged_row(about[0], "tue", "gore", 0.6), flagged_row(about[1], "tue", "gore", 0.9)]
+    rows[1] |= {"judged_run_id": "mon"}
+    write_run(store, "tue", rows, [drawn_row(about[2], "tue", [0.1])])
+    labels = {(row["image_id"], "gore"): 1 for row in rows}
+    evidence = read_evidence(store, ("tue",), labels)
+    assert [row["image_id"] for row in evidence.flagged] == [rows[0]["image_id"]]
+    assert evidence.labels == {(rows[0]["image_id"], "gore"): 1} and evidence.of_all().flagged_F.tolist() == [1]
+    stranger = flagged_row(about[3], "tue", "gore", 0.9)["image_id"]
+    with pytest.raises(UsageError, match="name 1 images that are in no flagged or audit table of tue"):
+        read_evidence(store, ("tue",), labels | {(stranger, "gore"): 1})
+
+
 def test_an_image_of_two_runs_comes_once_and_what_was_flagged_anywhere_is_flagged(tmp_path):
     about = [of_file(draw(tmp_path / f"{number}.jpg", number)) for number in range(2)]
     store = Store(str(tmp_path / "out"))

@@ -42,7 +42,7 @@ class JobConfig:
     prometheus: bool = False
     """Metrics of the listed runs in Prometheus' text format, for node_exporter's textfile collector."""
     limit: int = 20
-    """Runs that are listed."""
+    """Runs that are listed, those that were started last; any that goes on is listed too."""
 
     def __post_init__(self) -> None:
         check_endpoint(self.endpoint_url)

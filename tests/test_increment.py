@@ -376,6 +376,35 @@ def test_the_newest_run_that_compares_is_the_last(tmp_path):
         find_earlier(store, "retry", "s3://b/in", decides)
 
 
+def test_a_suspect_run_is_passed_over_until_somebody_accepts_it(tmp_path):
+    """Or the verdicts of a night that judged wrongly would be kept for ever. Who was built on none of it counts."""
+    store, tables = Store(str(tmp_path)), {"ledger": LEDGER.empty_table()}
+    finished(store, "good", tables, started_at="2026-01-01")
+    finished(store, "odd", tables, started_at="2026-01-02", suspect=[{"gate": "errors"}])
+    decides = {"plan_version": "p", "weights_sha256": {"s": "w"}, "banks_sha256": {}}
+
+    def last() -> tuple[str, tuple[str, ...]]:
+        found = find_earlier(store, "last", "s3://b/in/", decides)
+        assert found.record is not None
+        return found.record["run_id"], found.notes
+
+    how = (
+        "run over this source, odd, is suspect and nobody has accepted it (to keep its verdicts: python -m jobs.status "
+        "--accept odd, or once --since odd)"
+    )
+    assert last() == ("good", (f"the newest {how}",))
+    assert find_earlier(store, "odd", "s3://b/in/", decides).record["run_id"] == "odd", "who names it wants it"
+    finished(store, "other", tables, started_at="2026-01-03", plan_version="q")
+    run_id, (newest, suspect) = last()
+    assert run_id == "good" and "other, was judged by plan version q" in newest and suspect == f"a {how}"
+    finished(store, "after", tables, started_at="2026-01-04", increment={"run_id": "good"})
+    assert last() == ("after", ()), "it took nothing over from the suspect one"
+    commit.write_json(store, commit.record_key("after"), {})
+    store.create(commit.accepted_key("odd"), b"{}")
+    run_id, notes = last()
+    assert run_id == "odd" and not [note for note in notes if "suspect" in note]
+
+
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"run_id": "spoilt"}', b"\xff", b"[" * 100_000])
 def test_a_record_that_is_none_any_more_is_passed_over_and_named(tmp_path, body):
     store = Store(str(tmp_path / "out"))

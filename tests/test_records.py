@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipeline.errors import UsageError
 from pipeline.output import commit
 from pipeline.past.baseline import earlier_runs
 from pipeline.past.history import read_history
-from pipeline.past.records import READERS, PastRuns
+from pipeline.past.records import READERS, PastRuns, last_started
+from pipeline.review.queue import newest_run
 from pipeline.store import Store
 from tests.test_report import run_record
 
@@ -82,3 +86,51 @@ def test_what_is_broken_is_raised_where_whole_records_are_wanted_and_what_is_gon
     with pytest.raises(ValueError, match="Expecting property name"):
         list(past.whole(["n00", "n01"]))
     assert [run["run_id"] for run in past.whole(["gone", "n00"])] == ["n00"]
+
+
+def test_the_newest_are_those_that_were_started_last_whenever_they_were_written():
+    """An erasure has written sixty old records anew: of the others little more is read than is wanted."""
+    noon = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    started = {f"r{number:03d}": noon + timedelta(days=number) for number in range(300)}
+    written = {run_id: moment + timedelta(hours=2) for run_id, moment in started.items()}
+    read: list[str] = []
+
+    def read_them(run_ids: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        read.extend(run_ids)
+        return ((run_id, {"started_at": started[run_id].isoformat()}) for run_id in run_ids)
+
+    newest = [f"r{number:03d}" for number in range(299, 285, -1)]
+    assert [run_id for run_id, _ in last_started(written, read_them, 14)] == newest
+    assert len(read) == READERS
+    written |= {f"r{number:03d}": noon + timedelta(days=400) for number in range(60)}
+    read.clear()
+    assert [run_id for run_id, _ in last_started(written, read_them, 14)] == newest
+    assert set(newest) < set(read) and len(read) <= 60 + 14 + READERS
+    read.clear()
+    rare = last_started(written, read_them, 2, lambda run_id, _: run_id in ("r070", "r003", "r002"))
+    assert [run_id for run_id, _ in rare] == ["r070", "r003"] and len(read) == 300, "others come between"
+
+
+def test_what_is_broken_stands_where_it_was_written_and_takes_no_place():
+    days = {name: datetime(2026, 3, 1 + day, tzinfo=UTC) for day, name in enumerate(("a", "b", "old", "c", "new"))}
+    contents = {name: {"started_at": days[name].isoformat()} for name in "abc"} | {
+        "old": {"started_at": "then"}, "new": UsageError("no JSON"),
+    }  # fmt: skip
+    found = last_started(days, lambda run_ids: ((name, contents[name]) for name in run_ids), 2)
+    assert [name for name, _ in found] == ["new", "c", "old", "b"]
+    assert [type(content) for _, content in found] == [UsageError, dict, ValueError, dict]
+
+
+def test_gates_and_trends_and_reviews_look_past_old_records_that_were_written_anew(tmp_path):
+    store = Store(str(tmp_path))
+    tonight = written(store, 20)[-1]
+    for number in range(500):
+        old = tonight | {"run_id": f"old-{number}", "started_at": f"2025-01-01T{number // 60:02d}:{number % 60:02d}:00"}
+        commit.write_json(store, commit.record_key(old["run_id"]), old | {"source": "s3://elsewhere/"})
+    past = PastRuns(store)
+    assert [run["run_id"] for run in earlier_runs(past, tonight)] == [f"n{number:02d}" for number in range(18, 4, -1)]
+    assert [night.run_id for night in read_history(past, tonight).nights] == [f"n{number:02d}" for number in range(20)]
+    assert newest_run(store) == "n19"
+    store.write(commit.record_key("old-7"), b"{")
+    with pytest.raises(UsageError, match=r"runs/old-7\.json .+ put it back from a copy"):
+        newest_run(store)

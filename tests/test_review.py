@@ -132,6 +132,22 @@ def test_flagged_images_come_by_priority_and_each_once(tmp_path):
     assert queue.history(queue.items[0])[0]["match_bank"] == "known"
 
 
+def test_labels_of_copies_may_stand_in_a_file_of_reviews_and_count_nowhere(tmp_path):
+    """Somebody labels all of ``flagged/`` of a night that knew content which an earlier one had flagged."""
+    about = [of_file(draw(tmp_path / f"{number}.jpg", number)) for number in range(4)]
+    store = Store(str(tmp_path / "out"))
+    rows = [flagged_row(about[0], "tue", "gore", 0.6), flagged_row(about[1], "tue", "gore", 0.9)]
+    rows[1] |= {"judged_run_id": "mon"}
+    write_run(store, "tue", rows, [drawn_row(about[2], "tue", [0.1])])
+    labels = {(row["image_id"], "gore"): 1 for row in rows}
+    evidence = read_evidence(store, ("tue",), labels)
+    assert [row["image_id"] for row in evidence.flagged] == [rows[0]["image_id"]]
+    assert evidence.labels == {(rows[0]["image_id"], "gore"): 1} and evidence.of_all().flagged_F.tolist() == [1]
+    stranger = flagged_row(about[3], "tue", "gore", 0.9)["image_id"]
+    with pytest.raises(UsageError, match="name 1 images that are in no flagged or audit table of tue"):
+        read_evidence(store, ("tue",), labels | {(stranger, "gore"): 1})
+
+
 def test_an_image_of_two_runs_comes_once_and_what_was_flagged_anywhere_is_flagged(tmp_path):
     about = [of_file(draw(tmp_path / f"{number}.jpg", number)) for number in range(2)]
     store = Store(str(tmp_path / "out"))
@@ -251,6 +267,50 @@ def test_after_a_lapsed_lease_a_decision_of_another_is_seen_before_ones_own_is_m
     with pytest.raises(Refused, match="has decided it meanwhile"):
         ann.decide(item["id"], uuid4().hex, "violating", ("gore",), revealed=True)
     assert len(review_files(store)) == 1
+
+
+def test_a_decision_that_is_merged_while_a_page_wakes_up_is_learned_from_the_merged_file(tmp_path, monkeypatch):
+    store = night(tmp_path, flagged=1, drawn=0)
+    ann, bob = desk_of(store), desk_of(store, reviewer="bob")
+    go(bob)
+    (key,) = review_files(store)
+    body, merged = store.read(key), key.rsplit("/", 1)[0] + "/merged-1.parquet"
+
+    def files(store: Store, day: str | None = None) -> list[str]:
+        found = review_files(store, day)
+        if key in found:
+            store.write(merged, body)
+            store.delete([key])
+        return found
+
+    monkeypatch.setattr("pipeline.review.log.review_files", files)
+    for days, known in ((5, 0), (6, 1)):
+        monkeypatch.setattr("pipeline.review.log.now", lambda days=days: datetime.now(UTC) + timedelta(days=days))
+        ann.refresh()
+        assert len([item for item in ann.work.items if ann.log.on(item.image_id)]) == known
+
+
+def test_a_page_that_slept_over_a_weekend_learns_what_was_decided_meanwhile(tmp_path, monkeypatch):
+    store = night(tmp_path, flagged=3, drawn=0)
+    ann, bob = desk_of(store), desk_of(store, reviewer="bob")
+    friday = datetime.now(UTC)
+    listed: list[str | None] = []
+
+    def files(store: Store, day: str | None = None) -> list[str]:
+        listed.append(day)
+        return review_files(store, day)
+
+    monkeypatch.setattr("pipeline.review.log.review_files", files)
+    go(bob)
+    for days in (3, 3):
+        monkeypatch.setattr("pipeline.review.log.now", lambda days=days: friday + timedelta(days=days))
+        ann.refresh()
+        assert len([item for item in ann.work.items if ann.log.on(item.image_id)]) == len(review_files(store)) > 0
+    # From the day before it was last read, and so of the second time yesterday and today only.
+    assert listed == [f"{friday + timedelta(days=day):%Y-%m-%d}" for day in (-1, 0, 1, 2, 3, 2, 3)]
+    monkeypatch.setattr("pipeline.review.log.now", lambda: friday)
+    ann.refresh()
+    assert listed[-2:] == [f"{friday + timedelta(days=day):%Y-%m-%d}" for day in (-1, 0)], "a clock was put back"
 
 
 # Decisions

@@ -49,6 +49,7 @@ def written(store: Store, run_id: str, state: str, *, ago: float = 0.0, night: i
     """A run's status, or its record when it is complete, as a driver left it ``ago`` seconds ago."""
     content = {
         "run_id": run_id, "status": state, "started_at": f"2026-01-{night:02d}T01:00:00+00:00", "listed": 1000,
+        "source": "s3://b/", "plan_version": "p1",
         "updated_at": past(ago), "plan": {"name": "p"}, "errors": {"truncated": 3},
         "counts": {"listed": 600, "cleared": 590, "flagged": 7, "error": 3, "skipped": 0}, "relative_cost": 0.25,
         "seconds": 60.0, "images_per_s": 10.0, "stages": [], "suspect": [],
@@ -129,6 +130,42 @@ def test_the_job_says_so_as_a_table_as_objects_and_for_prometheus(filled):
     assert read_run(filled, "odd").state == "complete"
     text = run_here(status, *where, "--prometheus").stdout
     assert 'dorfman_run_suspect_gates{plan="p",run_id="odd"} 0.0\n' in text
+
+
+def test_what_was_started_last_is_listed_and_so_is_what_goes_on_whenever_it_was_written(tmp_path):
+    """As after an erasure, which writes old records anew, beside a run that has been going on for weeks."""
+    store = Store(str(tmp_path))
+    written(store, "weeks", "running", night=1, ago=4000)
+    written(store, "given-up", "failed", night=2)
+    for night in range(9, 19):
+        written(store, f"n{night:02d}", "complete", night=night)
+    for night in range(2, 9):
+        written(store, f"n{night:02d}", "complete", night=night)
+    assert [run.run_id for run in list_runs(store, 3)] == ["n18", "n17", "n16", "weeks"]
+    text = run_here(status, "--output", store.name, "--prometheus", "--limit", "3").stdout
+    families = text_string_to_metric_families(text)
+    assert {sample.labels["run_id"] for family in families for sample in family.samples} == {
+        "n18", "n17", "n16", "weeks"
+    }  # fmt: skip
+
+
+LACKING = b'{"run_id": "x", "source": "s", "started_at": "2026-01-09", "plan_version": "p", "status": "complete"}'
+
+
+@pytest.mark.parametrize("body", [b"{}", b"{", LACKING], ids=["empty", "cut off", "lacking"])
+@pytest.mark.parametrize("key", [commit.record_key("x"), commit.status_key("x")])
+def test_a_spoilt_record_is_named_and_takes_no_other_run_away(tmp_path, caplog, key, body):
+    store = Store(str(tmp_path))
+    written(store, "good", "complete")
+    store.write(key, body.replace(b"complete", b"failed") if "status" in key else body)
+    told = f"{key} in {store.name} is not the JSON that was written there: put it back from a copy, or take it away"
+    table = run_here(status, "--output", store.name, "--json")
+    assert [json.loads(line)["run_id"] for line in table.stdout.splitlines()] == ["good"] and table.returncode == 0
+    text = run_here(status, "--output", store.name, "--prometheus").stdout
+    assert 'run_id="good"' in text and 'run_id="x"' not in text
+    assert [record.getMessage().startswith(told) for record in caplog.records] == [True, True]
+    one = run_here(status, "--output", store.name, "--run-id", "x")
+    assert one.returncode == 2 and one.stderr.startswith(f"jobs.status: {told}")
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,7 @@ def test_an_output_without_a_complete_run_is_wrong_usage(store):
         open_tables(store)
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"{", b"{}", b"[]", b"\xff", b"[" * 100_000])
 def test_a_spoilt_record_is_named_with_what_to_do(store, body):
     """An answer that silently leaves a run out would clear what that run had flagged."""
     write_night(store, "mon", 0, [judged("a", "flagged", "gore")])

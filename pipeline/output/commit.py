@@ -37,6 +37,7 @@ from pipeline.errors import RunError, UsageError
 from pipeline.listing.manifest import Shard
 from pipeline.output.merge import GROUP_ROWS, in_order, unchanged_rows, write_ledger
 from pipeline.output.reconcile import check_outage, reconcile
+from pipeline.output.record import fault
 from pipeline.output.sink import table_bytes
 from pipeline.output.tally import Tally
 from pipeline.store import Store, digest
@@ -109,19 +110,42 @@ def read_json(store: Store, key: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{_spoilt(store, key)} ({error})") from error
+        raise spoilt(store, key, str(error)) from error
     if not isinstance(content, dict):
-        raise UsageError(f"{_spoilt(store, key)} (no object)")
+        raise spoilt(store, key, "no object")
     return content
 
 
-def _spoilt(store: Store, key: str) -> str:
-    return f"{key} in {store.name} is not the JSON that was written there: put it back from a copy, or take it away"
+def spoilt(store: Store, key: str, why: str) -> UsageError:
+    told = f"{key} in {store.name} is not the JSON that was written there: put it back from a copy, or take it away"
+    return UsageError(f"{told} ({why})")
+
+
+def checked(store: Store, key: str, content: dict[str, Any]) -> dict[str, Any]:
+    """A record, or the status of a run that is not complete. Raises UsageError for JSON that is none."""
+    if why := fault(content):
+        raise spoilt(store, key, why)
+    return content
+
+
+def read_record(store: Store, run_id: str) -> dict[str, Any] | None:
+    """A complete run's record; None where there is none. Raises UsageError for what is no run record."""
+    return _read_checked(store, record_key(run_id))
+
+
+def read_status(store: Store, run_id: str) -> dict[str, Any] | None:
+    """The same of the status that a run leaves as it goes."""
+    return _read_checked(store, status_key(run_id))
+
+
+def _read_checked(store: Store, key: str) -> dict[str, Any] | None:
+    content = read_json(store, key)
+    return None if content is None else checked(store, key, content)
 
 
 def read_complete(store: Store, run_id: str, purpose: str) -> dict[str, Any]:
     """A complete run's record. Raises UsageError that says what it was wanted for, as in "only ... are reviewed"."""
-    record = read_json(store, record_key(run_id))
+    record = read_record(store, run_id)
     if record is None:
         raise UsageError(f"there is no complete run {run_id!r} in {store.name}: only complete runs are {purpose}")
     return record

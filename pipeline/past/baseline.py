@@ -16,10 +16,6 @@ from pipeline.past.records import PastRuns
 from pipeline.store import Store
 
 DECIDES = ("plan_version", "weights_sha256", "banks_sha256")
-BROKEN = (KeyError, TypeError, AttributeError, IndexError, ValueError)
-"""What reading raises of JSON that is no record, and of the exception that stands for one that is no JSON."""
-LOOKED_AT = 100
-"""Records that are read at most, those that were written last: an output may hold years of nights."""
 
 
 def drift(past: PastRuns, tonight: Mapping[str, Any], alarms: float | None) -> dict[str, Any]:
@@ -37,26 +33,25 @@ def earlier_runs(past: PastRuns, tonight: Mapping[str, Any]) -> list[dict[str, A
     ones with whole ones. Runs that took up errors are none, and a suspect one is none until it is accepted.
     """
     comparable = []
-    for run_id, record in past.read(past.newest(LOOKED_AT)):
-        try:
-            if record is None or not _compares(past, record, tonight):
-                continue
-            [rate.events / rate.trials for rate in rates(record) if rate.trials > 0]
-        except BROKEN:
+    for run_id, record in past.newest(MOST_RUNS, lambda _, record: _compares(past, record, tonight)):
+        if isinstance(record, Exception):
             # A night that is done must not fail for what somebody has done to another's record.
             logging.getLogger("dorfman").warning("%s is no run record: gates leave it out", commit.record_key(run_id))
-            continue
-        comparable.append(record)
-    return sorted(comparable, key=lambda record: record["started_at"], reverse=True)[:MOST_RUNS]
+        else:
+            comparable.append(record)
+    return comparable
 
 
 def _compares(past: PastRuns, record: Mapping[str, Any], tonight: Mapping[str, Any]) -> bool:
-    """Raises one of BROKEN for what is no record."""
-    return bool(
+    """Raises one of BROKEN for what is no record, or one without rates."""
+    compares_with = bool(
         record["started_at"] < tonight["started_at"]
         and _alike(record, tonight)
         and (not record.get("suspect") or commit.accepted_key(record["run_id"]) in past.found)
     )
+    if compares_with:
+        [rate.events / rate.trials for rate in rates(record) if rate.trials > 0]
+    return compares_with
 
 
 def _alike(record: Mapping[str, Any], tonight: Mapping[str, Any]) -> bool:
@@ -78,7 +73,7 @@ def accept(store: Store, run_id: str) -> None:
 
     Raises UsageError.
     """
-    record = commit.read_json(store, commit.record_key(run_id))
+    record = commit.read_record(store, run_id)
     if record is None:
         raise UsageError(f"--accept {run_id}: no complete run of that name in {store.name}")
     if not record.get("suspect"):

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import UsageError
 from pipeline.listing.inventory import scope
 from pipeline.output import commit
+from pipeline.output.record import fault
 from pipeline.past.records import PastRuns
 from pipeline.store import Store
 
 LAST = "last"
-
-
-class _File(BaseModel):
-    path: str
-    sha256: str
-
-
-class _Record(BaseModel):
-    """What is asked of the record of a run that may be compared with: anybody may have written it."""
-
-    model_config = ConfigDict(strict=True)
-    run_id: str
-    parent_run_id: str | None = None  # the first version knew no retries
-    source: str
-    started_at: str
-    plan_version: str
-    weights_sha256: dict[str, str]
-    files: list[_File] = []  # ``PastRuns`` leaves them out
+SUSPECT = "is suspect and nobody has accepted it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +30,10 @@ def find_earlier(store: Store, since: str, source: str, decides: Mapping[str, An
     """The run that ``since`` means: one by its name, or for ``last`` the newest one that compares.
 
     That is a complete run over the same source, by whose record the same ``decides`` (plan, nets, banks) and whose
-    tables are there. A file that is no run record, because it was cut off or written over, is passed over and named. A
-    run that is named is taken whatever its plan was. Runs that took up errors listed a few objects only, so none of
-    them compares. Raises UsageError.
+    tables are there, and which is not suspect, or was accepted: a night that judged wrongly must not have its verdicts
+    kept night after night. A file that is no run record, because it was cut off or written over, is passed over and
+    named. A run that is named is taken whatever its plan was, and suspect or not. Runs that took up errors listed a few
+    objects only, so none of them compares. Raises UsageError.
     """
     if since != LAST:
         return Found(record=_named(store, since))
@@ -69,14 +52,33 @@ def find_earlier(store: Store, since: str, source: str, decides: Mapping[str, An
     ]
     passed: list[str] = []
     for candidate in sorted(records, key=lambda record: record["started_at"], reverse=True):
-        why = differences(candidate, decides)
+        why = _against(past, candidate, decides)
         record = None if why else read_record(store, candidate["run_id"])  # with its files
         if record is not None and stands(store, record):
-            return Found(record=record, notes=(*notes, *passed[:1]))
-        passed.append(f"the newest run over this source, {candidate['run_id']}, {why or 'has lost tables'}")
-        if why:
-            passed[-1] += f" (to keep its verdicts all the same: --since {candidate['run_id']})"
-    return Found(record=None, notes=(*notes, *(passed[:1] or ["there is no complete run over this source"])))
+            return Found(record=record, notes=(*notes, *_most_telling(passed)))
+        passed.append(f"run over this source, {candidate['run_id']}, {why or 'has lost tables'}")
+    if not passed:
+        notes.append("there is no complete run over this source")
+    return Found(record=None, notes=(*notes, *_most_telling(passed)))
+
+
+def _against(past: PastRuns, record: Mapping[str, Any], decides: Mapping[str, Any]) -> str | None:
+    """In words: why a run over the same source is not compared with, and what would have its verdicts kept."""
+    run_id = record["run_id"]
+    named = f"--since {run_id}"
+    if why := differences(record, decides):
+        return f"{why} (to keep its verdicts all the same: {named})"
+    if record.get("suspect") and commit.accepted_key(run_id) not in past.found:
+        return f"{SUSPECT} (to keep its verdicts: python -m jobs.status --accept {run_id}, or once {named})"
+    return None
+
+
+def _most_telling(passed: Sequence[str]) -> list[str]:
+    """Of the runs that were passed over, newest first, the newest one, and the newest that a person's word would have
+    compared with."""
+    suspect = [words for words in passed if SUSPECT in words]
+    told = [f"the newest {words}" for words in passed[:1]]
+    return told + [f"a {words}" for words in suspect[:1] if words != passed[0]]
 
 
 def _named(store: Store, run_id: str) -> dict[str, Any]:
@@ -99,20 +101,15 @@ def _named(store: Store, run_id: str) -> dict[str, Any]:
 def read_record(store: Store, run_id: str) -> dict[str, Any] | None:
     """None where there is none, or no run record."""
     try:
-        content = commit.read_json(store, commit.record_key(run_id))
+        return commit.read_record(store, run_id)
     except UsageError:
         return None
-    return content if _is_record(content) else None
 
 
 def _is_record(content: Any) -> bool:
     if isinstance(content, OSError):
         raise content  # it may be there, and whole
-    try:
-        _Record.model_validate(content)
-    except ValidationError:
-        return False
-    return True
+    return fault(content) is None
 
 
 def differences(record: Mapping[str, Any], decides: Mapping[str, Any]) -> str | None:
@@ -121,7 +118,7 @@ def differences(record: Mapping[str, Any], decides: Mapping[str, Any]) -> str | 
         return None
     if record["plan_version"] != decides["plan_version"]:
         return f"was judged by plan version {record['plan_version']}, and this is {decides['plan_version']}"
-    what = "nets" if record["weights_sha256"] != decides["weights_sha256"] else "banks"
+    what = "nets" if record.get("weights_sha256") != decides["weights_sha256"] else "banks"
     return f"was judged by other {what}"
 
 

@@ -177,7 +177,7 @@ class _Findings:
 
 def _rows_of(store: Store, run_id: str, wanted: pa.Array) -> Iterator[pa.Table]:
     """Rows of the run's findings on these images."""
-    record = commit.read_json(store, commit.record_key(run_id))
+    record = commit.read_record(store, run_id)
     for file in commit.files_of("flagged", record["files"]) if record else []:
         body = io.BytesIO(store.read(file["path"], file["sha256"]))
         rows = pq.read_table(body, schema=FLAGGED, filters=pc.is_in(pc.field("image_id"), wanted))

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
-from itertools import chain
+from datetime import date, datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.listing.inventory import scope
-from pipeline.past.records import PastRuns
+from pipeline.past.records import PastRuns, last_started, moment
 from pipeline.schema import ALL
 
 RUNS = 30
-READ_AT_MOST = 400
-"""Records that are looked at, the last written first: an output may hold the nights of years, and of other sources."""
 STRANGE = (ValueError, TypeError, RecursionError, OSError)
 """What a file raises that is not as it should be."""
 
@@ -144,18 +141,17 @@ class History:
 def read_history(past: PastRuns, record: Mapping[str, Any]) -> History:
     """The last ``RUNS`` complete runs over the same source that were started no later than this one; none is a retry of
     another's errors."""
-    wanted, until = scope(record["source"]), _moment(record["started_at"])
-    mine, skipped = record["run_id"], dict[str, str]()
-    comparable: list[_Record] = []
-    others = past.read(run_id for run_id in past.newest(READ_AT_MOST) if run_id != mine)
-    for run_id, content in chain([(mine, _plain(record))], others):
-        try:
-            found = _checked(run_id, content)
-            if found.parent_run_id is None and scope(found.source) == wanted and _moment(found.started_at) <= until:
-                comparable.append(found)
-        except STRANGE as error:
-            skipped[f"run {run_id}"] = _why(error)
-    last = sorted(comparable, key=lambda found: (_moment(found.started_at), found.run_id))[-RUNS:]
+    mine, source, until = record["run_id"], scope(record["source"]), moment(record["started_at"])
+
+    def wanted(run_id: str, content: Any) -> bool:
+        found = _checked(run_id, content)
+        return found.parent_run_id is None and scope(found.source) == source and moment(found.started_at) <= until
+
+    own = last_started({mine: until}, lambda _: [(mine, _plain(record))], 1, wanted)
+    others = [(run_id, content) for run_id, content in past.newest(RUNS, wanted) if run_id != mine]
+    skipped = {f"run {run_id}": _why(found) for run_id, found in own + others if isinstance(found, Exception)}
+    comparable = [_Record.model_validate(found) for _, found in own + others if not isinstance(found, Exception)]
+    last = sorted(comparable, key=lambda found: (moment(found.started_at), found.run_id))[-RUNS:]
     audits = read_audits(past, [found.run_id for found in last], skipped)
     return History(nights=[_night(found, audits.get(found.run_id)) for found in last], skipped=skipped)
 
@@ -191,11 +187,6 @@ def _plain(content: Any) -> Any:
     return [_plain(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
-def _moment(text: str) -> datetime:
-    moment = datetime.fromisoformat(text)
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-
-
 def _why(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
@@ -214,7 +205,7 @@ def _night(record: _Record, audit: Audit | None) -> Night:
     return Night(
         run_id=record.run_id,
         scan_date=record.scan_date,
-        started_at=_moment(record.started_at),
+        started_at=moment(record.started_at),
         plan_version=record.plan_version,
         flagged=Value(value=record.counts.flagged / judged) if judged else None,
         prevalence=prevalence,

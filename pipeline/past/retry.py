@@ -18,7 +18,7 @@ from pipeline.store import Store
 
 def read_parent(store: Store, run_id: str) -> dict[str, Any]:
     """The record of the run whose errors are taken up. Raises UsageError."""
-    record = commit.read_json(store, commit.record_key(run_id))
+    record = commit.read_record(store, run_id)
     if record is None:
         raise UsageError(
             f"--retry-errors {run_id}: no complete run of that name in {store.uri}; one that failed goes on with "

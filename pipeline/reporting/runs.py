@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from rich.table import Table
 
 from pipeline.errors import RunError, RunStopped, RunSuspect, UsageError
 from pipeline.output import commit
 from pipeline.past.baseline import describe, stands_suspect
+from pipeline.past.records import BROKEN, READERS, Content, last_started
 from pipeline.reporting.heartbeat import BEAT_SECONDS, STALE_SECONDS, newest_heartbeat, newest_listing
 from pipeline.reporting.metrics import Sample, of_heartbeat, of_listing, of_run
 from pipeline.reporting.takeover import standing
 from pipeline.storage import STORAGE_ERRORS, reason
 from pipeline.store import Store
+
+T = TypeVar("T")
 
 POLL_SECONDS = 5.0
 FOLLOW_PATIENCE = 300.0
@@ -57,18 +63,64 @@ class Run:
 
 
 def list_runs(store: Store, limit: int) -> list[Run]:
-    """The newest runs of an output, newest first, of those ``limit`` that were written to last."""
-    runs = [read_run(store, run_id) for run_id in _newest(store, limit)] + list(map(_of_listing, _listings(store)))
-    return sorted(runs, key=lambda run: run.started_at, reverse=True)[:limit]
+    """The ``limit`` runs of an output that were started last, newest first, and those that go on, however old.
+
+    A spoilt record is named in a warning and left out.
+    """
+    runs = [*_each(store, limit, partial(_view, store)), *map(_of_listing, _listings(store))]
+    runs.sort(key=lambda run: run.started_at, reverse=True)
+    return [run for place, run in enumerate(runs) if place < limit or run.state in GOING]
 
 
-def _newest(store: Store, limit: int) -> list[str]:
-    """By when anything below ``runs/`` was last written of them: records of years must not all be read."""
+def _each(store: Store, limit: int, see: Callable[[Content, Content], T]) -> Iterator[T]:
+    """What ``see`` makes of each one's record or status, and of its heartbeat; without those that are spoilt."""
+    for run_id, content in _newest(store, limit):
+        try:
+            yield _seen(store, run_id, content, see)
+        except UsageError as error:
+            logging.getLogger("dorfman").warning("%s", error)
+
+
+def _seen(store: Store, run_id: str, content: Content, see: Callable[[Content, Content], T]) -> T:
+    """Raises UsageError for what is spoilt, and what reading it did."""
+    if isinstance(content, Exception):
+        raise content
+    try:
+        return see(content, newest_heartbeat(store, run_id) if content["status"] == "running" else None)
+    except UsageError:
+        raise
+    except BROKEN as error:
+        complete = content.get("status") == "complete"
+        key = commit.record_key(run_id) if complete else commit.status_key(run_id)
+        raise commit.spoilt(store, key, f"{type(error).__name__}: {error}") from error
+
+
+def _newest(store: Store, limit: int) -> list[tuple[str, Content]]:
+    """Record or status of the runs that were started last, and of all those that go on."""
+    found = store.objects("runs")
     written: dict[str, datetime] = {}
-    for key, (_, moment) in store.objects("runs").items():
+    for key, (_, moment) in found.items():
         run_id = key.split("/")[1].removesuffix(".json") if key.count("/") == 1 else key.split("/")[1]
-        written[run_id] = max(moment, written.get(run_id, moment))
-    return sorted(written, key=lambda run_id: (written[run_id], run_id), reverse=True)[:limit]
+        written[run_id] = min(moment, written.get(run_id, moment))  # it was started before any of this
+    newest = last_started(written, partial(_contents, store), limit)
+    complete, listed = set(commit.recorded(found)), {run_id for run_id, _ in newest}
+    others = _contents(store, (run_id for run_id in written if run_id not in complete | listed))
+    going = [(run_id, said) for run_id, said in others if isinstance(said, dict) and said.get("status") == "running"]
+    return newest + going
+
+
+def _contents(store: Store, run_ids: Iterable[str]) -> list[tuple[str, Content]]:
+    """Of each its record, or its status where it has none, or None, or what reading that raised."""
+    run_ids = list(run_ids)
+    with ThreadPoolExecutor(READERS) as readers:
+        return list(zip(run_ids, readers.map(partial(_content, store), run_ids), strict=True))
+
+
+def _content(store: Store, run_id: str) -> Content:
+    try:
+        return commit.read_record(store, run_id) or commit.read_status(store, run_id)
+    except (UsageError, OSError) as error:
+        return error
 
 
 def _listings(store: Store) -> list[dict[str, Any]]:
@@ -80,21 +132,13 @@ def _listings(store: Store) -> list[dict[str, Any]]:
 
 def read_run(store: Store, run_id: str) -> Run:
     """Raises UsageError when there is none."""
-    found = _read(store, run_id)
-    if found is not None:
-        return _view(store, *found)
+    content = _content(store, run_id)
+    if content is not None:
+        return _seen(store, run_id, content, partial(_view, store))
     beat = newest_listing(store, run_id)
     if beat is None:
         raise UsageError(f"there is no run {run_id!r} in {store.name}")
     return _of_listing(beat)
-
-
-def _read(store: Store, run_id: str) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
-    """A run's record, or its status where it has none, and the heartbeat of one that goes on."""
-    record = commit.read_json(store, commit.record_key(run_id)) or commit.read_json(store, commit.status_key(run_id))
-    if record is None:
-        return None
-    return record, newest_heartbeat(store, run_id) if record["status"] == "running" else None
 
 
 def _of_listing(beat: Mapping[str, Any]) -> Run:
@@ -200,17 +244,16 @@ def ended(run: Run) -> Run:
 
 
 def samples(store: Store, limit: int) -> Iterator[Sample]:
-    """Gauges of the newest runs: what a Prometheus sees of them when their drivers are gone."""
-    for run_id in _newest(store, limit):
-        found = _read(store, run_id)
-        if found is None:
-            continue  # removed a moment ago
-        record, beat = found
-        yield from of_run(record, accepted=bool(record.get("suspect")) and not stands_suspect(store, record))
-        if beat:
-            yield from of_heartbeat(beat, record)
+    """Gauges of the runs that ``list_runs`` lists: what a Prometheus sees of them when their drivers are gone."""
+    for gauges in _each(store, limit, partial(_gauges, store)):
+        yield from gauges
     for listing in _listings(store):
         yield from of_listing(listing)
+
+
+def _gauges(store: Store, record: Mapping[str, Any], beat: Mapping[str, Any] | None) -> list[Sample]:
+    accepted = bool(record.get("suspect")) and not stands_suspect(store, record)
+    return [*of_run(record, accepted=accepted), *(of_heartbeat(beat, record) if beat else ())]
 
 
 def line(run: Run) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import schema
@@ -22,7 +21,7 @@ from pipeline.schema import ALL
 from pipeline.storage import parse_uri, read_object, reason
 from pipeline.store import Store
 
-FLAGGED_COLUMNS = ["run_id", "image_id", "source_uri", "category", "score"]
+FLAGGED_COLUMNS = ["run_id", "image_id", "source_uri", "category", "score", "judged_run_id"]
 AUDIT_COLUMNS = ["run_id", "image_id", "source_uri", "probability", "decided_stage", "decided_round", "scores"]
 
 
@@ -137,7 +136,8 @@ def read_evidence(store: Store, run_ids: tuple[str, ...], labels: dict[tuple[str
     """Reads the tables of complete runs by digest. Raises UsageError when they and the reviews do not fit.
 
     Labels of a file must be of these runs. What stands in an output is of all its runs, so of that these take their
-    own.
+    own. What a run flagged because another had flagged the same content is a finding of that other: copies of what had
+    been flagged are found, copies of misses are nowhere. Their labels may be given, and count nowhere.
     """
     records = [_read_record(store, run_id) for run_id in run_ids]
     first = records[0]
@@ -148,13 +148,17 @@ def read_evidence(store: Store, run_ids: tuple[str, ...], labels: dict[tuple[str
                 f"{first['plan']['categories']}: audit them apart"
             )
     categories = tuple(first["plan"]["categories"])
-    flagged = [row for record in records for row in _rows(store, record, "flagged", FLAGGED_COLUMNS)]
+    found = [row for record in records for row in _rows(store, record, "flagged", FLAGGED_COLUMNS)]
+    flagged = [row for row in found if row["judged_run_id"] is None]
     audited = [row for record in records for row in _rows(store, record, "audit", AUDIT_COLUMNS)]
+    asked = {row["image_id"] for row in (*flagged, *audited)}
     unsure: dict[str, int] = {}
     if isinstance(labels, Standing):
-        asked = {row["image_id"] for row in (*flagged, *audited)}
         unsure = Counter(kind for image, kind in labels.unsure.items() if image in asked)
         labels = _own(labels.labels, asked, categories)
+    else:
+        copies = {row["image_id"] for row in found} - asked
+        labels = {key: label for key, label in labels.items() if key[0] not in copies}
     evidence = Evidence(
         records=records, categories=categories, flagged=flagged, audited=audited, labels=labels, unsure=unsure
     )
@@ -178,7 +182,6 @@ def _read_record(store: Store, run_id: str) -> dict[str, Any]:
 
 
 def _rows(store: Store, record: dict[str, Any], table: str, columns: list[str]) -> list[dict[str, Any]]:
-    """Of what this run judged itself: copies of what had been flagged are found, copies of misses are nowhere."""
     return [
         row
         for file in commit.files_of(table, record["files"])
@@ -187,6 +190,5 @@ def _rows(store: Store, record: dict[str, Any], table: str, columns: list[str]) 
             io.BytesIO(store.read(file["path"], file["sha256"])),
             columns=columns,
             schema=schema.TABLES[table],
-            filters=pc.field("judged_run_id").is_null() if table == "flagged" else None,
         ).to_pylist()
     ]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline import schema
 from pipeline.review.decisions import (
     JUDGEMENTS,
@@ -16,7 +18,7 @@ from pipeline.review.decisions import (
     distinct,
     file_key,
     read_all,
-    read_decisions,
+    read_each,
     review_files,
     write_decision,
 )
@@ -60,15 +62,23 @@ class ReviewLog:
         self.store = store
         self.withdrawn: set[str] = set()
         self.of_image: dict[str, dict[str, Decision]] = defaultdict(dict)
+        self.read_at = now()
+        """All that had been decided by then is known."""
         decisions, self.known = read_all(store)
         self._remember(decisions.to_pylist())
 
     def refresh(self) -> bool:
-        """Reads what others have decided since; whether that was anything. Lists the days that may still grow."""
-        days = [f"{now() - timedelta(days=back):%Y-%m-%d}" for back in range(YOUNG_DAYS)]
-        fresh = [key for day in days for key in review_files(self.store, day) if key not in self.known]
-        self._remember(distinct(read_decisions(self.store, fresh)).to_pylist())
+        """Reads what others have decided since; whether that was anything. Lists the days that may have grown."""
+        moment = now()
+        fresh = [
+            key for day in _days(self.read_at, moment) for key in review_files(self.store, day) if key not in self.known
+        ]
+        tables = [table for _, table in read_each(self.store, fresh)]
+        self._remember(distinct(pa.concat_tables([schema.DECISIONS.empty_table(), *tables])).to_pylist())
         self.known.update(fresh)
+        # A file that was listed and is gone may have been merged into one that was not: its day is listed again.
+        if all(table.num_rows for table in tables):
+            self.read_at = moment
         return bool(fresh)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
@@ -104,6 +114,12 @@ class ReviewLog:
         """The newest of a kind that says something of the picture and was not taken back."""
         found = [decision for decision in self.on(image_id) if decision.kind == kind and decision.judges]
         return found[-1] if found else None
+
+
+def _days(since: datetime, until: datetime) -> list[str]:
+    """Days with decisions that were made between two moments. The machine of an open page may have slept for many."""
+    first = (min(since, until) - timedelta(days=YOUNG_DAYS - 1)).date()  # clocks differ
+    return [f"{first + timedelta(days=day):%Y-%m-%d}" for day in range((until.date() - first).days + 1)]
 
 
 def rows_of(

@@ -6,7 +6,6 @@ import io
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -20,8 +19,6 @@ from pipeline.plan import Preparation
 from pipeline.review.items import Item, Order, drawn_items, flagged_items, mixed
 from pipeline.store import Store
 
-LOOKED_AT = 50
-"""Records, those written last first, among which the newest run is looked for."""
 FLAGGED_COLUMNS = [
     "run_id", "image_id", "source_uri", "etag", "size_bytes", "category", "score", "threshold", "decided_stage",
     "stages", "recommended_action", "match_bank", "match_distance",
@@ -78,13 +75,12 @@ def _clearing(row: dict[str, Any], categories: tuple[str, ...]) -> Iterator[dict
 
 
 def newest_run(store: Store) -> str:
-    """The complete run that was started last. Raises UsageError when there is none."""
-    past = PastRuns(store)
-    records = past.whole(past.newest(LOOKED_AT))
-    started = {record["run_id"]: datetime.fromisoformat(record["started_at"]) for record in records}
-    if not started:
-        raise UsageError(f"there is no complete run in {store.name}: scan first, or name another --output")
-    return max(started, key=lambda run_id: (started[run_id], run_id))
+    """The complete run that was started last. Raises UsageError when there is none, or when its record is spoilt."""
+    for run_id, content in PastRuns(store).newest(1):
+        if isinstance(content, Exception):
+            raise content  # it may be of the newest run
+        return run_id
+    raise UsageError(f"there is no complete run in {store.name}: scan first, or name another --output")
 
 
 def read_queue(store: Store, run_ids: tuple[str, ...], order: Order = "priority") -> Queue:

@@ -51,7 +51,7 @@ def runs_to_compact(store: Store, run_ids: tuple[str, ...], older_than: timedelt
         if run not in complete:
             raise UsageError(f"there is no complete run {run!r} in {store.name}: only complete runs are compacted")
     latest = datetime.now(UTC) - older_than
-    records = {run: commit.read_json(store, commit.record_key(run)) for run in sorted(run_ids or complete)}
+    records = {run: commit.read_record(store, run) for run in sorted(run_ids or complete)}
     young = [run for run, record in records.items() if record and _completed(record) > latest]
     if run_ids and young:
         raise UsageError(

@@ -5,7 +5,7 @@
 
 No record says which files count. So between the two a reader finds rows twice, and takes them once; and who finds a
 file gone that was listed a moment ago lists again (``decisions.read_all``). What ends anywhere is done by the next.
-A day that may still grow is left as it is: open pages look for new decisions in these alone (``ReviewLog.refresh``).
+A day that may still grow is left as it is: open pages look for new decisions there (``ReviewLog.refresh``).
 
 An erasure rewrites the same files, and a row that it takes out must not come back with a merged one: each keeps the
 other out (``leases.alone``).

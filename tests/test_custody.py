@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -241,6 +241,9 @@ def test_erasing_an_object_takes_it_out_of_everything(scanned, tmp_path):
         paths = list(output.glob(f"{table}/*/*.parquet"))
         assert len(paths) == 2
         assert all(f"{path.relative_to(output)}: {gone} rows removed" in done.stdout for path in paths)
+    # Of the other run there is none.
+    assert [line for line in done.stdout.splitlines() if "failure" in line] == ["runs/r/failure.txt: deleted"]
+    assert "runs/r/report.html: made again" in done.stdout
     for path in output.rglob("*"):
         if path.is_file() and path.suffix != ".parquet":
             body = path.read_text()
@@ -257,6 +260,7 @@ def test_erasing_an_object_takes_it_out_of_everything(scanned, tmp_path):
     (log,) = (json.loads(path.read_text()) for path in output.glob("erasures/*.json"))
     # Ledger, flagged and errors of both runs, and the manifest of the first.
     assert sum(file["rows_removed"] for file in log["files"]) == 2 * (2 + 1 + 1) + 2
+    assert [file["path"] for file in log["files"] if file["deleted"]] == ["runs/r/failure.txt"]
     assert not (output / "runs/r/failure.txt").exists()
     assert "no complete run holds it" in run("erase", *erasing).stdout
 
@@ -302,16 +306,19 @@ def test_an_erasure_that_was_interrupted_is_finished_by_the_next(copied, monkeyp
 
     output, victim = copied
     subject = module.Subject(uris=(victim["source_uri"],))
-    write = Store.write
     left = iter(range(writes))
 
-    def write_or_die(self: Store, key: str, body: bytes) -> str:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return write(self, key, body)
+    def or_die(change: Callable) -> Callable:
+        def changing(self: Store, *args: object) -> object:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return change(self, *args)
+
+        return changing
 
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(Store, "write", write_or_die)
+        for name in ("write", "replace"):
+            patch.setattr(Store, name, or_die(getattr(Store, name)))
         module.erase(Store(str(output)), subject, dry_run=False)
     module.erase(Store(str(output)), subject, dry_run=False)
     check_erased(output, victim["source_uri"])

@@ -109,9 +109,31 @@ def test_a_run_that_says_it_has_ended_is_given_up_at_once_unless_somebody_goes_o
         find_abandoned(store, "r", DAY)
     commit.write_json(store, commit.status_key("r"), {"status": state})
     assert "_state/r/run.json" in find_abandoned(store, "r", DAY).keys
+    written = "_attempts/r/shard-00001/00000009-x/ledger.parquet"
+    store.write(written, b"of a worker that outlives its driver by a moment")
+    assert {"_state/r/run.json", written} <= set(find_abandoned(store, "r", DAY).keys)
     left_behind.ledger()
     with pytest.raises(UsageError, match="may have a living driver"):
         find_abandoned(store, "r", DAY)
+
+
+def test_what_a_worker_writes_after_its_run_was_given_up_is_found_later(left_behind):
+    """Before the files go, while they do and after: the next one finds the rest, and nothing is left in the end."""
+    store = left_behind.store
+    commit.write_json(store, commit.status_key("r"), {"status": "stopped"})
+    given_up = find_abandoned(store, "r", DAY).keys
+    late = [f"_attempts/r/shard-00001/0000000{number}-late/ledger.parquet" for number in (7, 8)]
+    store.write(late[0], b"while the files are looked for")
+    store.delete(list(given_up))
+    store.write(late[1], b"when they are gone")
+    assert sorted(store.sizes("")) == late
+    (young,) = find_litter(store, DAY)
+    assert young.keys == () and young.reason.startswith("left alone: written to at")
+    age(store)
+    (litter,) = find_litter(store, DAY)
+    assert list(litter.keys) == late and litter.reason == "of drivers that are gone; there is no run to go on with"
+    store.delete(list(litter.keys))
+    assert find_litter(store, DAY) == [] and store.sizes("") == {}
 
 
 CANARY = {"AWS_ACCESS_KEY_ID": "AKIACANARYCANARY1234", "AWS_SECRET_ACCESS_KEY": "canary/secret+value0123456789"}

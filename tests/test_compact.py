@@ -29,6 +29,7 @@ from pipeline.tables.clean import find_litter
 from pipeline.tables.compact import compact, pack, runs_to_compact
 from pipeline.tables.erase import Subject, erase
 from tests.conftest import QUICK, small_plan
+from tests.faults import Faults, fault_proxy
 from tests.outputs import run_here, scan_by_hand
 from tests.test_custody import age
 from tests.test_jobs import expect
@@ -366,16 +367,22 @@ def test_everything_that_reads_a_complete_run_reads_a_compacted_one(scanned, sto
     assert len(rows(store)["ledger"]) == 39 and compact(store, "r").files == 4
 
 
-def test_a_run_in_a_bucket_is_compacted_and_erased_like_one_in_a_folder(scanned, s3_endpoint):
-    s3_client(s3_endpoint).create_bucket(Bucket="compacted")
-    remote, local = Store("s3://compacted/out", s3_endpoint), Store(str(scanned / "out"))
-    for key in local.sizes(""):
-        remote.write(key, local.read(key))
-    before = rows(local)
-    assert compact(remote, "r").files == 4 and rows(remote) == before and in_tables(remote) == named(remote)
-    victim = before["flagged"][0]["source_uri"]
-    assert erase(remote, Subject(uris=(victim,)), dry_run=False)
-    assert rows(remote) == without(before, victim)
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_run_in_a_bucket_is_compacted_and_erased_like_one_in_a_folder(scanned, s3_endpoint, knows):
+    """``knows``: whether the store knows PUTs under a condition."""
+    bucket = f"compacted-{knows}".lower()
+    s3_client(s3_endpoint).create_bucket(Bucket=bucket)
+    faults = Faults(refuses_conditions=not knows)
+    with fault_proxy(s3_endpoint, faults) as url:
+        remote, local = Store(f"s3://{bucket}/out", url), Store(str(scanned / "out"))
+        for key in local.sizes(""):
+            remote.write(key, local.read(key))
+        before = rows(local)
+        assert compact(remote, "r").files == 4 and rows(remote) == before and in_tables(remote) == named(remote)
+        victim = before["flagged"][0]["source_uri"]
+        assert erase(remote, Subject(uris=(victim,)), dry_run=False)
+        assert rows(remote) == without(before, victim)
+    assert bool(faults.hits["501"]) != knows
 
 
 def test_files_of_two_versions_become_one(store):

@@ -10,7 +10,7 @@ from jobs.cli import run_job
 from pipeline.errors import UsageError
 from pipeline.output.opening import open_output
 from pipeline.storage import check_endpoint, storage_errors_as_failure, storage_errors_as_usage
-from pipeline.tables.erase import Subject, erase
+from pipeline.tables.erase import Rewritten, Subject, erase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,18 @@ def run(config: JobConfig) -> None:
     with storage_errors_as_failure():
         rewritten = erase(store, Subject(image_ids=config.image_id, uris=config.uri), dry_run=config.dry_run)
     for file in rewritten:
-        console.print(
-            f"{file.path}: {file.rows} rows removed" if file.rows else f"{file.path}: made again", markup=False
-        )
+        console.print(_line(file), markup=False)
     if not rewritten:
         console.print("no complete run holds it")
     elif config.dry_run:
         console.print("this was a dry run: nothing was rewritten")
+
+
+def _line(file: Rewritten) -> str:
+    done = [f"{file.rows} rows removed"] if file.rows else []
+    if file.deleted:
+        done.append("deleted")
+    return f"{file.path}: {', '.join(done) or 'made again'}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pipeline.labels.demo import SOURCE, demo_corpus
 from pipeline.plan import load_plan
 from pipeline.reporting.events import Events, configure
 from pipeline.reporting.progress import closing_table
+from pipeline.run.preflight import check_output
 from pipeline.run.scan import ScanConfig, check_accepted, check_owners_files, run_scan
 from pipeline.steps.nets import check_models
 from pipeline.store import Store
@@ -56,6 +57,7 @@ def run(config: JobConfig) -> None:
             plan = load_plan(config.plan)
             check_models(plan)
             check_owners_files(config, plan)
+            check_output(Store(config.output))
             events.tell("drawing", f"drawing {config.demo_images:,} demo pictures into an embedded S3 server")
             corpus = demo_corpus(config.demo_images, config.demo_prevalence, config.demo_seed, plan.categories)
             demo = stack.enter_context(corpus)

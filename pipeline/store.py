@@ -42,7 +42,7 @@ class Store:
     patience: float = field(default=0.0, kw_only=True)
     """Seconds for which a request that fails is tried again."""
     conditional: bool = field(default=True, kw_only=True)
-    """Whether the store refuses a conditional PUT of what exists. If not, ``create`` looks first, and can be late."""
+    """Whether to ask the store to refuse a PUT of what exists. If not, ``create`` looks first, and can be late."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "uri", parse_uri(self.uri).uri.rstrip("/"))
@@ -98,15 +98,29 @@ class Store:
         return self.uri_of(key)
 
     def create(self, key: str, body: bytes) -> bool:
-        """Writes unless the object exists; False when it does, which may be an earlier try of this very call."""
+        """Writes unless the object exists; False when it does, which may be an earlier try of this very call.
+
+        A store that says it knows no such condition is looked at first, which can be late: ``check_writable`` refuses
+        it to scans.
+        """
         return self._patiently(lambda: self._create(key, body))
 
     def _create(self, key: str, body: bytes) -> bool:
+        created = self._put_if_new(key, body) if self.conditional else None
+        if created is None:
+            created = not self.exists(key)
+            if created:
+                obstore.put(self._writer, key, body)
+        return created
+
+    def overwrites(self, key: str) -> bool:
+        """Whether an object that exists is not safe from ``create``, which was to be so. Tries it."""
         if not self.conditional:
-            if self.exists(key):
-                return False
-            obstore.put(self._writer, key, body)
-            return True
+            return False
+        return self._patiently(lambda: self._put_if_new(key, b"dorfman was here twice")) is not False
+
+    def _put_if_new(self, key: str, body: bytes) -> bool | None:
+        """None when the store does not know the condition."""
         try:
             obstore.put(self._writer, key, body, mode="create")
         except (AlreadyExistsError, PreconditionError) as error:
@@ -114,6 +128,10 @@ class Store:
                 # S3's "conflict": another PUT of this key was under way, and has not come to an end.
                 raise StoreError(f"{self.uri_of(key)} is being written by another: {reason(error)}") from None
             return False
+        except BaseError as error:
+            if not _is_unknown(error):
+                raise
+            return None
         return True
 
     def read_version(self, key: str) -> tuple[bytes, str]:
@@ -151,7 +169,7 @@ class Store:
         if self.conditional:
             try:
                 return obstore.put(self._client, key, body, mode={"e_tag": version})["e_tag"]
-            except OSError as error:
+            except BaseError as error:
                 if not _is_unknown(error):
                     raise
         return self._look_and_put(key, body, version)
@@ -245,7 +263,7 @@ def check_writable(store: Store) -> None:
     probe = f"_state/probe-{uuid.uuid4().hex}"  # two scans may start at once
     try:
         store.write(probe, b"dorfman was here")
-        overwrites = _creates(store, probe)
+        overwrites = store.overwrites(probe)
         store.delete([probe])
     except (BaseError, OSError, BotoCoreError, ValueError) as error:
         raise UsageError(f"cannot write to {store.name}: {reason(error)}") from error
@@ -257,15 +275,6 @@ def check_writable(store: Store) -> None:
         )
 
 
-def _creates(store: Store, key: str) -> bool:
-    try:
-        return store.create(key, b"dorfman was here twice")
-    except OSError as error:
-        if _is_unknown(error):
-            return True  # it does not even take the condition
-        raise
-
-
-def _is_unknown(error: OSError) -> bool:
+def _is_unknown(error: BaseError) -> bool:
     """Whether a server says that it does not know what it was asked."""
     return "501 Not Implemented" in str(error) or "NotImplemented" in str(error)

@@ -41,6 +41,8 @@ class Faults:
     seed: int = 0
     forgets_conditions: bool = False
     """Whether a PUT loses its If-None-Match on the way, as in a store that does not know it."""
+    refuses_conditions: bool = False
+    """Whether a PUT under a condition is answered with 501, as by a store that says that it does not know it."""
     hides_checksums: bool = False
     """Whether answers lose the checksums that the server keeps, as in a store that keeps none."""
     renamed: dict[str, str] = field(default_factory=dict)
@@ -111,6 +113,10 @@ async def _answer(
     if fault in STATUS_BODIES:
         text = f"<Error><Code>{STATUS_BODIES[fault]}</Code><Message>injected</Message>{faults.refusal}</Error>"
         return web.Response(status=int(fault), text=text, content_type="application/xml")
+    if faults.refuses_conditions and {"If-Match", "If-None-Match"} & set(request.headers):
+        faults.hits["501"] += 1
+        text = "<Error><Code>NotImplemented</Code><Message>A header you provided is not implemented</Message></Error>"
+        return web.Response(status=501, text=text, content_type="application/xml")
     if fault == "reset":
         return _hang_up(request)
     # What a test finds in the server under another name: moto refuses some legal keys.

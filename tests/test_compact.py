@@ -21,13 +21,15 @@ from pipeline.errors import RunError, StoreError, UsageError
 from pipeline.output import commit
 from pipeline.past.retry import list_failed, read_parent
 from pipeline.review.evidence import read_evidence
+from pipeline.review.leases import LEASES
 from pipeline.run.scan import ScanConfig, run_scan
-from pipeline.storage import s3_client
+from pipeline.storage import s3_client, storage_errors_as_failure
 from pipeline.store import Store, digest
 from pipeline.tables.clean import find_litter
 from pipeline.tables.compact import compact, pack, runs_to_compact
 from pipeline.tables.erase import Subject, erase
 from tests.conftest import QUICK, small_plan
+from tests.faults import Faults, fault_proxy
 from tests.outputs import run_here, scan_by_hand
 from tests.test_custody import age
 from tests.test_jobs import expect
@@ -264,6 +266,63 @@ def test_an_erasure_in_whose_steps_a_compaction_comes_says_so_and_is_repeated(sc
     assert 0 < refused < moment
 
 
+@pytest.mark.parametrize("slept", [False, True])
+def test_of_two_erasures_at_once_neither_brings_back_what_the_other_took_out(scanned, tmp_path, slept):
+    """``slept``: whether the first one's lease has run out when the other comes."""
+    victims = [row["source_uri"] for row in rows(Store(str(scanned / "out")))["flagged"][:2]]
+    refused, moment, came = 0, 0, True
+    while came:
+        shutil.copytree(scanned / "out", tmp_path / str(moment))
+        store = Store(str(tmp_path / str(moment)))
+
+        def erasing(place: int, store: Store = store) -> None:
+            with storage_errors_as_failure():
+                erase(store, Subject(uris=(victims[place],)), dry_run=False)
+
+        def interrupt(store: Store = store, erasing: Callable[[int], None] = erasing) -> bool:
+            if slept:
+                store.delete(list(store.sizes(LEASES)))
+                erasing(1)
+            else:
+                with pytest.raises(RunError, match="being merged or erased by another job at this moment"):
+                    erasing(1)
+            return True
+
+        came, refusal = come_between(store, moment, lambda erasing=erasing: erasing(0), interrupt)
+        assert re.search("^$|erase again$|start it again until it ends with 0$", refusal)
+        refused += bool(refusal)
+        for place in (0, 1):  # who was refused begins again, and whoever was not finds nothing
+            erasing(place)
+        found = rows(store)
+        assert not {row["source_uri"] for table in found.values() for row in table} & set(victims), moment
+        for key in store.sizes("_state"):
+            if key.endswith(".parquet"):
+                assert not set(pq.read_table(io.BytesIO(store.read(key)))["uri"].to_pylist()) & set(victims), key
+        moment += 1
+    assert moment > 8 and (refused > 3) == slept
+
+
+def test_an_erasure_does_not_vouch_for_a_file_that_somebody_has_written_back(store):
+    before = rows(store)
+    victim = before["flagged"][0]["source_uri"]
+    bodies = {key: store.read(key) for key in store.sizes("flagged")}
+    (key,) = (key for key, body in bodies.items() if victim in str(pq.read_table(io.BytesIO(body)).to_pydict()))
+    with pytest.MonkeyPatch.context() as patch:
+
+        def write_back(number: int) -> None:
+            if not came and store.read(key) != bodies[key]:
+                came.append(number)
+                Path(store.name, key).write_bytes(bodies[key])
+
+        came: list[int] = []
+        before_each_change(patch, nothing, write_back)
+        with pytest.raises(RunError, match=r"erase again$"):
+            erase(store, Subject(uris=(victim,)), dry_run=False)
+    assert came
+    erase(store, Subject(uris=(victim,)), dry_run=False)
+    assert rows(store) == without(before, victim)
+
+
 def test_a_run_that_is_half_erased_is_not_compacted(store):
     victim = rows(store)["flagged"][0]["source_uri"]
     with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
@@ -308,16 +367,22 @@ def test_everything_that_reads_a_complete_run_reads_a_compacted_one(scanned, sto
     assert len(rows(store)["ledger"]) == 39 and compact(store, "r").files == 4
 
 
-def test_a_run_in_a_bucket_is_compacted_and_erased_like_one_in_a_folder(scanned, s3_endpoint):
-    s3_client(s3_endpoint).create_bucket(Bucket="compacted")
-    remote, local = Store("s3://compacted/out", s3_endpoint), Store(str(scanned / "out"))
-    for key in local.sizes(""):
-        remote.write(key, local.read(key))
-    before = rows(local)
-    assert compact(remote, "r").files == 4 and rows(remote) == before and in_tables(remote) == named(remote)
-    victim = before["flagged"][0]["source_uri"]
-    assert erase(remote, Subject(uris=(victim,)), dry_run=False)
-    assert rows(remote) == without(before, victim)
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_run_in_a_bucket_is_compacted_and_erased_like_one_in_a_folder(scanned, s3_endpoint, knows):
+    """``knows``: whether the store knows PUTs under a condition."""
+    bucket = f"compacted-{knows}".lower()
+    s3_client(s3_endpoint).create_bucket(Bucket=bucket)
+    faults = Faults(refuses_conditions=not knows)
+    with fault_proxy(s3_endpoint, faults) as url:
+        remote, local = Store(f"s3://{bucket}/out", url), Store(str(scanned / "out"))
+        for key in local.sizes(""):
+            remote.write(key, local.read(key))
+        before = rows(local)
+        assert compact(remote, "r").files == 4 and rows(remote) == before and in_tables(remote) == named(remote)
+        victim = before["flagged"][0]["source_uri"]
+        assert erase(remote, Subject(uris=(victim,)), dry_run=False)
+        assert rows(remote) == without(before, victim)
+    assert bool(faults.hits["501"]) != knows
 
 
 def test_files_of_two_versions_become_one(store):

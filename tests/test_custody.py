@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -109,9 +109,31 @@ def test_a_run_that_says_it_has_ended_is_given_up_at_once_unless_somebody_goes_o
         find_abandoned(store, "r", DAY)
     commit.write_json(store, commit.status_key("r"), {"status": state})
     assert "_state/r/run.json" in find_abandoned(store, "r", DAY).keys
+    written = "_attempts/r/shard-00001/00000009-x/ledger.parquet"
+    store.write(written, b"of a worker that outlives its driver by a moment")
+    assert {"_state/r/run.json", written} <= set(find_abandoned(store, "r", DAY).keys)
     left_behind.ledger()
     with pytest.raises(UsageError, match="may have a living driver"):
         find_abandoned(store, "r", DAY)
+
+
+def test_what_a_worker_writes_after_its_run_was_given_up_is_found_later(left_behind):
+    """Before the files go, while they do and after: the next one finds the rest, and nothing is left in the end."""
+    store = left_behind.store
+    commit.write_json(store, commit.status_key("r"), {"status": "stopped"})
+    given_up = find_abandoned(store, "r", DAY).keys
+    late = [f"_attempts/r/shard-00001/0000000{number}-late/ledger.parquet" for number in (7, 8)]
+    store.write(late[0], b"while the files are looked for")
+    store.delete(list(given_up))
+    store.write(late[1], b"when they are gone")
+    assert sorted(store.sizes("")) == late
+    (young,) = find_litter(store, DAY)
+    assert young.keys == () and young.reason.startswith("left alone: written to at")
+    age(store)
+    (litter,) = find_litter(store, DAY)
+    assert list(litter.keys) == late and litter.reason == "of drivers that are gone; there is no run to go on with"
+    store.delete(list(litter.keys))
+    assert find_litter(store, DAY) == [] and store.sizes("") == {}
 
 
 CANARY = {"AWS_ACCESS_KEY_ID": "AKIACANARYCANARY1234", "AWS_SECRET_ACCESS_KEY": "canary/secret+value0123456789"}
@@ -241,6 +263,9 @@ def test_erasing_an_object_takes_it_out_of_everything(scanned, tmp_path):
         paths = list(output.glob(f"{table}/*/*.parquet"))
         assert len(paths) == 2
         assert all(f"{path.relative_to(output)}: {gone} rows removed" in done.stdout for path in paths)
+    # Of the other run there is none.
+    assert [line for line in done.stdout.splitlines() if "failure" in line] == ["runs/r/failure.txt: deleted"]
+    assert "runs/r/report.html: made again" in done.stdout
     for path in output.rglob("*"):
         if path.is_file() and path.suffix != ".parquet":
             body = path.read_text()
@@ -257,6 +282,7 @@ def test_erasing_an_object_takes_it_out_of_everything(scanned, tmp_path):
     (log,) = (json.loads(path.read_text()) for path in output.glob("erasures/*.json"))
     # Ledger, flagged and errors of both runs, and the manifest of the first.
     assert sum(file["rows_removed"] for file in log["files"]) == 2 * (2 + 1 + 1) + 2
+    assert [file["path"] for file in log["files"] if file["deleted"]] == ["runs/r/failure.txt"]
     assert not (output / "runs/r/failure.txt").exists()
     assert "no complete run holds it" in run("erase", *erasing).stdout
 
@@ -302,16 +328,19 @@ def test_an_erasure_that_was_interrupted_is_finished_by_the_next(copied, monkeyp
 
     output, victim = copied
     subject = module.Subject(uris=(victim["source_uri"],))
-    write = Store.write
     left = iter(range(writes))
 
-    def write_or_die(self: Store, key: str, body: bytes) -> str:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return write(self, key, body)
+    def or_die(change: Callable) -> Callable:
+        def changing(self: Store, *args: object) -> object:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return change(self, *args)
+
+        return changing
 
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(Store, "write", write_or_die)
+        for name in ("write", "replace"):
+            patch.setattr(Store, name, or_die(getattr(Store, name)))
         module.erase(Store(str(output)), subject, dry_run=False)
     module.erase(Store(str(output)), subject, dry_run=False)
     check_erased(output, victim["source_uri"])

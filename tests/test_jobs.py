@@ -15,8 +15,11 @@ import yaml
 
 from jobs import scan
 from jobs.cli import parse, run_job
+from pipeline.errors import UsageError
 from pipeline.labels.examples import read_labels
+from pipeline.training.fit import TrainConfig
 from tests.conftest import small_plan
+from tests.faults import Faults, fault_proxy
 
 
 def run(job: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -216,6 +219,22 @@ def test_the_demo_draws_serves_and_scans_a_corpus(tmp_path):
     assert read_labels(str(tmp_path / "out/labels.parquet")).num_rows == 64
     report = (tmp_path / "out/runs" / record["run_id"] / "report.html").read_text()
     assert report.count("data:image/jpeg") == record["counts"]["flagged"] > 0
+
+
+def test_a_demo_whose_output_cannot_be_written_draws_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, "demo_corpus", None)  # which would be called to draw
+    (tmp_path / "file").write_bytes(b"")
+    expect(refuse("--demo", "--output", str(tmp_path / "file/out")), 2, "cannot write to", "file/out")
+
+
+def test_a_corpus_or_a_net_that_storage_refuses_is_one_line(s3_endpoint, tmp_path):
+    faults = Faults(share={"403": 1.0}, matches=lambda method, key: True)
+    with fault_proxy(s3_endpoint, faults) as url:
+        drawing = ["--output", "s3://denied/x", "--endpoint-url", url, "--images", "1", "--processes", "1"]
+        expect(run("corpus", *drawing), 2, "storage:", "403")
+        config = TrainConfig(name="n", labels=("x",), init="s3://denied/net.pth", endpoint_url=url)
+        with pytest.raises(UsageError, match=r"storage: .*403"):
+            config.build_net()
 
 
 def test_a_demo_of_what_the_corpus_cannot_draw_is_refused(tmp_path):

@@ -136,6 +136,27 @@ def test_a_store_that_overwrites_is_refused_and_allowed_on_a_promise(endpoint, m
         assert promised.read("marker") == b"1"
 
 
+def test_a_store_that_says_it_knows_no_condition_is_refused_to_scans_and_looked_at_first_by_others(endpoint):
+    modest = Faults(refuses_conditions=True)
+    with fault_proxy(endpoint, modest) as url:
+        store = Store(f"s3://{BUCKET}/modest", url, patience=60.0)
+        began = time.monotonic()
+        with pytest.raises(UsageError, match=r"overwrites what a conditional PUT .* promise with --single-driver"):
+            check_writable(store)
+        assert store.create("lease", b"1") and not store.create("lease", b"2")
+        body, version = store.read_version("lease")
+        second = store.replace("lease", b"second", version)
+        assert body == b"1" and second == store.read_version("lease")[1] != version
+        assert store.replace("lease", b"late", version) is None and store.read("lease") == b"second"
+        assert store.replace("gone", b"late", version) is None and not store.exists("gone")
+        asked = modest.hits["501"]
+        promised = replace(store, conditional=False)
+        check_writable(promised)
+        assert promised.replace("lease", b"third", second) and not promised.create("lease", b"4")
+    # Once each: it is an answer, and no outage to wait for.
+    assert asked == modest.hits["501"] == 6 and time.monotonic() - began < 30
+
+
 def test_an_outage_is_waited_for_and_no_longer_than_patience(endpoint):
     over = threading.Event()
     faults = Faults(share={"403": 1.0}, matches=lambda method, key: not over.is_set())

@@ -48,8 +48,11 @@ def _of_run(store: Store, run_id: str, older_than: timedelta) -> Litter:
     listings = {key: found for key, found in state.items() if key.startswith(begun)}
     dead = {key: size for key, (size, _) in (attempts | listings | unnamed).items() if key not in kept}
     reason = "nothing to remove"
-    if dead:
-        reason = "of a complete run" if record else "of drivers that are gone; the run can still go on"
+    if dead and record:
+        reason = "of a complete run"
+    elif dead:
+        frozen = f"{commit.state_prefix(run_id)}/run.json" in state
+        reason = f"of drivers that are gone; {'the run can still go on' if frozen else 'there is no run to go on with'}"
     return Litter(run_id=run_id, reason=reason, keys=tuple(sorted(dead)), bytes=sum(dead.values()))
 
 
@@ -81,12 +84,13 @@ def find_abandoned(store: Store, run_id: str, older_than: timedelta) -> Litter:
 
     Of one that said itself that it has stopped or failed, at once; of any other when nothing was written within
     ``older_than``. Raises UsageError when it is complete, or may have a living driver, or is not there.
+    Workers outlive what their driver says of the end by seconds: what they write after this is litter of a later day.
     """
     if store.exists(commit.record_key(run_id)):
         raise UsageError(f"run {run_id!r} is complete: its tables stay")
     state, attempts = store.objects(commit.state_prefix(run_id)), store.objects(commit.attempts_prefix(run_id))
     alive = _written_lately(state | attempts, older_than)
-    if alive and not _has_ended(store, run_id, state | attempts):
+    if alive and not _has_ended(store, run_id, state):
         raise UsageError(
             f"run {run_id!r} was {alive} and may have a living driver: stop that, and wait, or give a "
             "shorter --older-than"
@@ -101,10 +105,13 @@ def find_abandoned(store: Store, run_id: str, older_than: timedelta) -> Litter:
     return Litter(run_id=run_id, reason="given up", keys=tuple(sorted(found)), bytes=sum(found.values()))
 
 
-def _has_ended(store: Store, run_id: str, objects: dict[str, tuple[int, datetime]]) -> bool:
-    """Whether its driver has said so, and none has come after it: that would have left a sign at once."""
+def _has_ended(store: Store, run_id: str, state: dict[str, tuple[int, datetime]]) -> bool:
+    """Whether its driver has said so, and none has come after it: that would have left a sign in the state at once.
+
+    Attempts are none: workers of the driver that has ended still write some until Ray has ended too.
+    """
     status = commit.read_json(store, commit.status_key(run_id))
     if status is None or status["status"] not in ENDED:
         return False
     said = store.objects(f"runs/{run_id}")[commit.status_key(run_id)][1]
-    return all(moment <= said for _, moment in objects.values())
+    return all(moment <= said for _, moment in state.values())

@@ -36,7 +36,7 @@ from pipeline.flow import read_pictures
 from pipeline.labels.examples import LabelledPictures, read_labelled, split_off
 from pipeline.plan import Actors, Pool
 from pipeline.run.cluster import ray_session
-from pipeline.storage import parse_uri, read_object
+from pipeline.storage import parse_uri, read_object, storage_errors_as_usage
 from pipeline.training.curves import draw_curves
 from pipeline.training.machine import describe_versions
 from pipeline.training.workers import Place, run_workers
@@ -151,10 +151,11 @@ class TrainConfig:
         if source.startswith("torchvision:"):
             start_from(net, torchvision_state(self.trunk, source.removeprefix("torchvision:")))
         elif source.endswith((".safetensors", ".pth", ".pt")):
-            try:
-                body = read_object(parse_uri(source), self.endpoint_url)
-            except FileNotFoundError as error:
-                raise ValueError(f"weights {source}: no such file") from error
+            with storage_errors_as_usage():
+                try:
+                    body = read_object(parse_uri(source), self.endpoint_url)
+                except FileNotFoundError as error:
+                    raise UsageError(f"weights {source}: no such file") from error
             start_from(net, parse_state(body, source))
         else:
             known, card = load_net(source)

@@ -38,7 +38,7 @@ def find_litter(store: Store, older_than: timedelta) -> list[Litter]:
 
 def _of_run(store: Store, run_id: str, older_than: timedelta) -> Litter:
     state, attempts = store.objects(commit.state_prefix(run_id)), store.objects(commit.attempts_prefix(run_id))
-    record = commit.read_json(store, commit.record_key(run_id))
+    record = commit.read_record(store, run_id)
     unnamed = unnamed_files(store, record) if record else {}
     alive = _written_lately(state | attempts | unnamed, older_than)
     if alive:

@@ -137,7 +137,7 @@ def _changes_in_run(
     store: Store, run: str, subject: Subject, known: set[str], hold: Callable[[], None]
 ) -> list[Rewritten]:
     """Files that hold the subject, and those that are made from the tables when any has changed."""
-    record = commit.read_json(store, commit.record_key(run))
+    record = commit.read_record(store, run)
     assert record is not None
     found: list[Rewritten] = []
     stale = False

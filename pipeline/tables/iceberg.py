@@ -67,7 +67,7 @@ def publish(store: Store, run_ids: tuple[str, ...], catalog: Catalog, namespace:
     for run in run_ids:
         if run not in complete:
             raise UsageError(f"there is no complete run {run!r} in {store.name}: only complete runs are published")
-    records = [commit.read_json(store, commit.record_key(run)) for run in run_ids or complete]
+    records = [commit.read_record(store, run) for run in run_ids or complete]
     for record in sorted(filter(None, records), key=lambda record: (record["started_at"], record["run_id"])):
         rows = {}
         for table in schema.TABLES:

@@ -24,7 +24,7 @@ from pipeline.bench.prevalence import Judge
 from pipeline.errors import UsageError
 from pipeline.output.sink import Rows
 from pipeline.output.tally import Tally, stage_rows
-from pipeline.plan import BurstRule, Plan, StageSpec, load_plan, parse_plan
+from pipeline.plan import PLANS, BurstRule, Plan, StageSpec, load_plan, parse_plan
 from pipeline.planning.burst import burst_rule
 from pipeline.reporting.progress import closing_table
 from pipeline.steps.stages import GroupStage
@@ -313,8 +313,16 @@ def test_a_rule_that_cannot_work_is_refused(burst, changes, words):
 
 
 def test_a_rule_is_part_of_the_version_and_a_plan_without_one_keeps_its_own(tmp_path):
-    # As they were before there were rules: runs that have begun under them still resume.
-    assert load_plan("emblem").version == "d0282c7789cd" and load_plan("emblems").version == "c2fb8aaecbd7"
+    # As versions were before there were rules or banks: runs that have begun under such plans still resume.
+    for name, version, *thresholds in (
+        ("emblem", "d0282c7789cd", {"trefoil": [0.004]}, {"trefoil": [0.5]}),
+        ("emblems", "c2fb8aaecbd7", {"trefoil": [0.0043], "star": [0.0089], "bolt": [0.0057]},
+         {"trefoil": [0.43], "star": [0.094], "bolt": [0.31]}),
+    ):  # fmt: skip
+        shipped = yaml.safe_load((PLANS / f"{name}.yaml").read_text())
+        for stage, former in zip(shipped["stages"], thresholds, strict=True):
+            stage["thresholds"] = former
+        assert parse_plan(shipped, name).version == version
     versions = {parse_plan(content(burst), "a").version for burst in (None, GOOD, GOOD | {"positive": 3})}
     assert len(versions) == 3
     plan = parse_plan(content(GOOD), "a")

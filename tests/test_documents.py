@@ -70,6 +70,7 @@ CLUSTER = "needs a cluster of machines"
 TRAINING = "takes hours of a GPU: docs/getting-started.md runs the same jobs on smaller pictures"
 NOT_RUN = {
     "cp docs/deploy/nightly-aws.yaml nightly.yaml": "is done beforehand, for the parsers of what follows",
+    "cp docs/deploy/plan.yaml plan.yaml": "is done beforehand, for the parsers of what follows",
     ".venv/bin/python -m jobs.submit --address http://localhost:8265 scan --config nightly.yaml --run-id 2026-11-24":
         HEAD,
     "cd /srv/dorfman && RAY_AUTH_MODE=token .venv/bin/python -m jobs.submit --address http://head:8265 scan "
@@ -147,6 +148,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str, corpus: Pa
     for name in ("bucket", "reviews"):
         (made.folder / "out" / name).mkdir(parents=True)  # jobs.query wants its folders to be there
     (made.folder / "nightly.yaml").write_bytes((ROOT / "docs/deploy/nightly-aws.yaml").read_bytes())
+    (made.folder / "plan.yaml").write_bytes((ROOT / "docs/deploy/plan.yaml").read_bytes())
     client = s3_client(s3_endpoint)
     upload(corpus, s3_endpoint, "my-bucket", 0)
     client.create_bucket(Bucket="my-results")

@@ -447,7 +447,7 @@ def test_nightly_configurations_are_read_and_hold_no_secret(path):
     assert config.source.startswith("s3://") and config.output.startswith("s3://")
     assert (config.endpoint_url is None) == ("aws" in path.name)
     job = scan_job(config, ("--config", "nightly.yaml"), "2026-11-24")
-    assert job.arguments == ("--config", "nightly.yaml", "--run-id", "2026-11-24") and job.files == ()
+    assert job.arguments == ("--config", "nightly.yaml", "--run-id", "2026-11-24") and job.files == ("plan.yaml",)
     text = path.read_text()
     assert re.findall(r"AKIA[0-9A-Z]{16}|(?i:secret_access_key|password|token)\s*[:=]\s*\S", text) == []
 

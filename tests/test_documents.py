@@ -148,7 +148,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str, corpus: Pa
     for name in ("bucket", "reviews"):
         (made.folder / "out" / name).mkdir(parents=True)  # jobs.query wants its folders to be there
     (made.folder / "nightly.yaml").write_bytes((ROOT / "docs/deploy/nightly-aws.yaml").read_bytes())
-    (made.folder / "plan.yaml").write_bytes((ROOT / "docs/deploy/plan.yaml").read_bytes())
     client = s3_client(s3_endpoint)
     upload(corpus, s3_endpoint, "my-bucket", 0)
     client.create_bucket(Bucket="my-results")
@@ -161,7 +160,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str, corpus: Pa
     record = by_hand("2026-11-25", lambda name: "flagged" if name in ("a.jpg", pictures[2].name) else "cleared")
     odd = [{"gate": "flagged trefoil", "words": "flagged as automobile 4.17 %, 0.5 to 1.2 % were expected"}]
     commit.write_json(Store(OUTPUT, s3_endpoint), commit.record_key("2026-11-25"), record | {"suspect": odd})
-    plan.unlink()
+    plan.write_bytes((ROOT / "docs/deploy/plan.yaml").read_bytes())
     return made
 
 

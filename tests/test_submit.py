@@ -442,7 +442,9 @@ def test_a_package_that_no_cluster_takes_is_refused_by_its_largest_files(tmp_pat
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs/deploy").glob("nightly-*.yaml")), ids=lambda path: path.name)
-def test_nightly_configurations_are_read_and_hold_no_secret(path):
+def test_nightly_configurations_are_read_and_hold_no_secret(path, tmp_path, monkeypatch):
+    shutil.copy(ROOT / "docs/deploy/plan.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
     config = parse("jobs.scan", scan.JobConfig, ["--config", str(path)])
     assert config.source.startswith("s3://") and config.output.startswith("s3://")
     assert (config.endpoint_url is None) == ("aws" in path.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -275,10 +276,11 @@ def test_cost_stands_in_record_report_and_closing_table(corpus, ray_session, tmp
     assert f">{money(cost['startup'], '').strip()}</td>" in page and "Per million tested images" in page
     assert "<h2>Cost</h2>" in page and f">{money(cost['total'], '').strip()}</td>" in page
     console = Console(file=io.StringIO(), width=120)
-    console.print(closing_table(found))
+    console.print(closing_table(found | {"errors": {"truncated": 2}}))
     said = console.file.getvalue()
     assert money(cost["total"], "EUR") in said and "cost by price table ours" in said
     assert f"{money(cost['alone'], 'EUR')}" in said and "testing every image alone, estimated" in said
+    assert re.search(r"│ error +│ +0 │\n│   truncated +│ +2 │\n│ skipped ", said), "codes stand below errors"
 
 
 def test_bad_prices_end_the_job_with_two_and_one_line(tmp_path):

@@ -120,8 +120,8 @@ def closing_table(record: dict[str, Any]) -> Table:
     for name, images in record["counts"].items():
         for label, value in _flagged_rows(record) if name == "flagged" else [(name, images)]:
             table.add_row(label, f"{value:,}")
-    for code, images in sorted(record["errors"].items()):
-        table.add_row(f"  {code}", f"{images:,}")
+        for code, number in sorted(record["errors"].items()) if name == "error" else ():
+            table.add_row(f"  {code}", f"{number:,}")
     for label, value in _taken_rows(record):
         table.add_row(label, value)
     canaries = record.get("canaries", {})  # of older records there are none

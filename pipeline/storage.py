@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -217,28 +217,24 @@ def redact(text: str) -> str:
     return SECRETS.sub("[redacted]", text)
 
 
-@contextmanager
-def storage_errors_as_usage() -> Iterator[None]:
+def storage_errors_as_usage() -> AbstractContextManager[None]:
     """Before a run has begun, a store that does not answer is a matter of configuration."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except STORAGE_ERRORS as error:
-        raise UsageError(f"storage: {reason(error)}") from error
+    return _storage_errors_as(UsageError)
+
+
+def storage_errors_as_failure() -> AbstractContextManager[None]:
+    """For work on an output that can be repeated: once it has begun, some of it may be done."""
+    return _storage_errors_as(RunError, "; some of it may be done: start it again until it ends with 0")
 
 
 @contextmanager
-def storage_errors_as_failure() -> Iterator[None]:
-    """For work on an output that can be repeated: once it has begun, some of it may be done."""
+def _storage_errors_as(kind: type[Exception], remedy: str = "") -> Iterator[None]:
     try:
         yield
     except UsageError:
         raise
     except STORAGE_ERRORS as error:
-        raise RunError(
-            f"storage: {reason(error)}; some of it may be done: start it again until it ends with 0"
-        ) from error
+        raise kind(f"storage: {reason(error)}{remedy}") from error
 
 
 def check_endpoint(endpoint_url: str | None) -> None:

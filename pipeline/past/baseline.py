@@ -45,9 +45,7 @@ def earlier_runs(past: PastRuns, tonight: Mapping[str, Any]) -> list[dict[str, A
 def _compares(past: PastRuns, record: Mapping[str, Any], tonight: Mapping[str, Any]) -> bool:
     """Raises one of BROKEN for what is no record, or one without rates."""
     compares_with = bool(
-        record["started_at"] < tonight["started_at"]
-        and _alike(record, tonight)
-        and (not record.get("suspect") or commit.accepted_key(record["run_id"]) in past.found)
+        record["started_at"] < tonight["started_at"] and _alike(record, tonight) and not past.stands_suspect(record)
     )
     if compares_with:
         [rate.events / rate.trials for rate in rates(record) if rate.trials > 0]

@@ -68,7 +68,7 @@ def _against(past: PastRuns, record: Mapping[str, Any], decides: Mapping[str, An
     named = f"--since {run_id}"
     if why := differences(record, decides):
         return f"{why} (to keep its verdicts all the same: {named})"
-    if record.get("suspect") and commit.accepted_key(run_id) not in past.found:
+    if past.stands_suspect(record):
         return f"{SUSPECT} (to keep its verdicts: python -m jobs.status --accept {run_id}, or once {named})"
     return None
 

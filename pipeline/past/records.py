@@ -104,6 +104,10 @@ class PastRuns:
             self.kept.update(zip(lacking, readers.map(self._read, lacking), strict=True))
         return ((run_id, self.kept[run_id]) for run_id in run_ids)
 
+    def stands_suspect(self, record: Mapping[str, Any]) -> bool:
+        """Whether the gates found something in that run, and nobody has accepted it."""
+        return bool(record.get("suspect")) and commit.accepted_key(record["run_id"]) not in self.found
+
     def whole(self, run_ids: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Those that are there. Raises what reading a broken one does, and UsageError for what is no run record."""
         for run_id, content in self.read(run_ids):

@@ -121,7 +121,7 @@ def _to_tokens(patches_NDHW: Tensor, class_token_11D: Tensor, positions_1TD: Ten
             f"the pictures have {patches_NPD.shape[1]} patches, but this trunk has positions for {count}: "
             "give it pictures of 224 px"
         )
-    class_token_N1D = class_token_11D.expand(len(patches_NPD), -1, -1)
+    class_token_N1D = class_token_11D.expand(patches_NPD.shape[0], -1, -1)
     return torch.cat([class_token_N1D, patches_NPD], dim=1) + positions_1TD
 
 
@@ -250,10 +250,11 @@ class Trunk(nn.Module):
                 found += self.classifier.get_submodule(step).parameters()
         return found
 
-    def normalise(self, pixels_NSS3: Tensor) -> Tensor:
-        """uint8 (N, S, S, 3) to float32 (N, 3, S, S) of about unit variance, channels last in memory."""
+    def normalise(self, pixels_NSS3: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 (N, S, S, 3) to ``dtype`` (N, 3, S, S) of about unit variance, channels last in memory."""
         mean_311, std_311 = self._constants_on(pixels_NSS3.device)
-        return (pixels_NSS3.permute(0, 3, 1, 2).float() - mean_311) / std_311
+        # In place: two more tensors of that size would be memory that the system clears for each batch.
+        return pixels_NSS3.permute(0, 3, 1, 2).to(torch.float32, copy=True).sub_(mean_311).div_(std_311).to(dtype)
 
     def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         # Sent once: each transfer would wait for all that the device has to do. No buffers, which bfloat16 would round.

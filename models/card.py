@@ -40,6 +40,8 @@ class Card:
     facts: dict[str, Any]
     segment_gmac: dict[str, float] | None = None
     """As ``models/cost.py`` counts it at ``input_size``; older cards lack it."""
+    arithmetic: str = "float"
+    """``float``, or ``int8`` (``models/int8.py``): graphs for CPUs and pictures of ``input_size``."""
 
     @property
     def group_sizes(self) -> tuple[int, ...]:

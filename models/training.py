@@ -325,7 +325,7 @@ def score_groups(net: GroupNet, pixels_NSS3: np.ndarray, members_GM: np.ndarray,
 
 
 def _score_batches(net: GroupNet, pixels: np.ndarray, members_GM: np.ndarray, groups: int) -> Iterator[np.ndarray]:
-    device = next(net.parameters()).device
+    device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
     for start in range(0, len(members_GM), groups):
         chunk_GM = members_GM[start : start + groups]
         images = net.trunk.normalise(torch.from_numpy(pixels[chunk_GM.reshape(-1)]).to(device))

@@ -12,6 +12,7 @@ import io
 import json
 import pickle
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from models.backbone import Trunk
 from models.card import Card, read_card, read_weights
 from models.cost import segment_gmac
 from models.group_net import GroupNet
+from models.int8 import OnnxPiece, PieceTrunk
 
 
 def save_net(
@@ -42,7 +44,6 @@ def save_net(
     if half:
         state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     body = save_safetensors(state)
-    folder.mkdir(parents=True, exist_ok=True)
     card = Card(
         name=name,
         trunk=net.trunk.name,
@@ -54,10 +55,26 @@ def save_net(
         facts=facts,
         segment_gmac=segment_gmac(net, input_size),
     )
-    (folder / f"{name}.safetensors").write_bytes(body)
-    described = vars(card) | {"merge_points": [vars(point) for point in card.merge_points]}
-    (folder / f"{name}.json").write_text(json.dumps(described, indent=2) + "\n")
+    _write(folder, card, body)
     return card
+
+
+def save_graphs(graphs: dict[str, bytes], folder: Path, name: str, *, source: Card, facts: dict[str, Any]) -> Card:
+    """Writes the graphs of ``int8.quantise`` as a net of its own: its files are named as those of ``source`` are."""
+    body = save_safetensors(
+        {end: torch.frombuffer(bytearray(graph), dtype=torch.uint8) for end, graph in graphs.items()}
+    )
+    digest = hashlib.sha256(body).hexdigest()
+    card = replace(source, name=name, sha256=digest, facts=facts, arithmetic="int8")
+    _write(folder, card, body)
+    return card
+
+
+def _write(folder: Path, card: Card, body: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{card.name}.safetensors").write_bytes(body)
+    described = vars(card) | {"merge_points": [vars(point) for point in card.merge_points]}
+    (folder / f"{card.name}.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
 def initialise(net: GroupNet, categories: tuple[str, ...], source: GroupNet, known: tuple[str, ...]) -> None:
@@ -148,9 +165,15 @@ def _first_few(keys: Iterable[str]) -> str:
 def load_net(model: str) -> tuple[GroupNet, Card]:
     """The net in eval mode on the CPU. Raises ValueError when it is missing or not what its card says."""
     card = read_card(model)
-    body = read_weights(card, model)
-    net = GroupNet(Trunk(card.trunk, len(card.categories)), card.merge_points, card.merge)
-    net.trunk.classifier.load_state_dict(load_safetensors(body))
+    tensors = load_safetensors(read_weights(card, model))
+    trunk: Trunk
+    if card.arithmetic == "int8":
+        pieces = {end: OnnxPiece(graph.numpy().tobytes()) for end, graph in tensors.items()}
+        trunk = PieceTrunk(card.trunk, len(card.categories), pieces)
+    else:
+        trunk = Trunk(card.trunk, len(card.categories))
+        trunk.classifier.load_state_dict(tensors)
+    net = GroupNet(trunk, card.merge_points, card.merge)
     if card.segment_gmac:
         net.counted_gmac[card.input_size] = card.segment_gmac
     return net.eval(), card

@@ -257,7 +257,7 @@ def test_files_that_are_no_weights_are_refused(capsys):
     assert "run" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted(card.stem for card in ZOO.glob("*.json")))
+@pytest.mark.parametrize("name", sorted(card.stem for card in ZOO.glob("*.json") if "int8" not in card.stem))
 def test_cards_tell_what_the_counter_counts(name):
     net, card = load_net(name)
     told = net.counted_gmac.pop(card.input_size)
@@ -293,7 +293,9 @@ def test_the_zoo_is_small_and_its_cards_tell_what_was_measured():
     assert sum(path.stat().st_size for path in ZOO.iterdir()) < 20_000_000
     assert {path.stem for path in cards} == {
         "emblem",
+        "emblem-int8",
         "emblem-mini",
+        "emblem-mini-int8",
         "cifar-single",
         "cifar-mini",
         "cifar-pixel",
@@ -306,5 +308,9 @@ def test_the_zoo_is_small_and_its_cards_tell_what_was_measured():
         for row in card.facts["measured"]:
             low, high = row["recall_interval"]
             assert low <= row["recall"] <= high and row["positives"] >= 90
+        if card.arithmetic == "int8":
+            source = read_card(card.facts["made_of"].rpartition("@")[0])
+            assert card.facts["made_of"] == source.version and card.segment_gmac == source.segment_gmac
+            continue
         assert card.facts["training"]["seconds"] > 0
         assert "/" not in json.dumps(card.facts["hardware"])

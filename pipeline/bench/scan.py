@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from models.card import locate, read_card
 from models.intervals import interval
 from pipeline.bench.measure import (
     Clock,
@@ -57,8 +58,9 @@ TUNED_ON = 3_000
 class ScanBenchConfig:
     """Scans one labelled folder with every rival in turn. Nothing else should run on the machine.
 
-    The others test every picture alone with the plan's last net, at its last threshold, each with the number of
-    workers that was the fastest on some thousand of the pictures, spread over the folder, in a turn before.
+    The others test every picture alone with the plan's last net, at its last threshold; template and loader, which
+    compute with torch, with the net in floats that one in int8 was made of. Each has the number of workers that was the
+    fastest on some thousand of the pictures, spread over the folder, in a turn before.
 
     Exit codes: 0 done, 1 a scan failed, 2 wrong usage, plan or labels.
     """
@@ -69,6 +71,8 @@ class ScanBenchConfig:
     """Labels file (Parquet: uri, category, label) of them."""
     plan: str = "emblem"
     """Our plan: a shipped one by name, or the path of a plan file."""
+    net: str = ""
+    """What template and loader test with instead: a net of the zoo or a card's path."""
     repeats: int = 3
     """Turns of every rival that count."""
     rivals: tuple[str, ...] = ()
@@ -114,6 +118,18 @@ def bench_scan(config: ScanBenchConfig, say: Say) -> dict[str, Any]:
     return result
 
 
+def in_floats(model: str) -> str:
+    """The net that one in int8 was made of, or what is none. Raises UsageError when it is not at hand."""
+    card = read_card(model)
+    if card.arithmetic == "float":
+        return model
+    source = str(card.facts.get("made_of", "")).rpartition("@")[0]
+    beside = locate(model).with_name(f"{source}.json")
+    if not source or not beside.is_file():
+        raise UsageError(f"model {model!r} is one in int8, and {beside} is not there: say with --net what rivals use")
+    return str(beside) if Path(model).suffix else source
+
+
 def _truth(labels: Path) -> dict[str, bool]:
     """By uri, whether any category is there."""
     table = read_labels(str(labels)).group_by("uri").aggregate([("label", "max")])
@@ -125,6 +141,7 @@ class _Bench:
         self, config: ScanBenchConfig, plan: Plan, truth: dict[str, bool], paths: list[str], folder: Path, say: Say
     ) -> None:
         self.config, self.plan, self.truth, self.paths, self.folder, self.say = config, plan, truth, paths, folder, say
+        self.net = config.net or in_floats(plan.stages[-1].model)
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.runs = 0
 
@@ -138,7 +155,8 @@ class _Bench:
 
         # With an actor on every core nothing is left to read with, and Ray waits for ever.
         actors = self._best(TEMPLATE, sorted({1, max(1, self.cores - 1)}), told)
-        return Rival(name=TEMPLATE, note=f"{actors} actors predict", run=lambda: self._rival(told(actors)))
+        note = f"{self.net}, {actors} actors predict"
+        return Rival(name=TEMPLATE, note=note, run=lambda: self._rival(told(actors)))
 
     def dataloader(self) -> Rival:
         def told(workers: int) -> list[str]:
@@ -146,7 +164,7 @@ class _Bench:
             return ["dataloader", "--workers", str(workers), "--threads", str(threads)]
 
         workers = self._best("dataloader", sorted({0, 1, self.cores - 1, self.cores}), told)
-        return Rival(name="dataloader", note=f"{workers} workers", run=lambda: self._rival(told(workers)))
+        return Rival(name="dataloader", note=f"{self.net}, {workers} workers", run=lambda: self._rival(told(workers)))
 
     def individual(self) -> Rival:
         alone = self.plan.stages[-1]
@@ -187,7 +205,7 @@ class _Bench:
         output = self._output()
         command = [
             "-m", f"pipeline.rivals.{script[0]}", "--source", str(source), "--output", str(output),
-            "--model", stage.model, "--side", str(stage.input_size), "--batch", str(BATCH), *script[1:],
+            "--model", self.net, "--side", str(stage.input_size), "--batch", str(BATCH), *script[1:],
             "--categories", *self.plan.categories, "--device", accelerator() if self.plan.asks_for_gpus else "cpu",
         ]  # fmt: skip
         clock = self._run(command)

@@ -49,8 +49,8 @@ def main() -> None:
     classifier = Classifier(told.model, told.categories, told.threads, told.device)
     paths: list[str] = []
     scores: list[list[float]] = []
-    for images_NCHW, names in loader:
-        scores += classifier(images_NCHW).tolist()
+    for images, names in loader:
+        scores += classifier(images).tolist()
         paths += names
     told.output.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"path": paths, "scores": scores}), told.output / "scores.parquet")

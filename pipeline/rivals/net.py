@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from models.card import read_card
 from models.weights import load_net
 
 
@@ -18,24 +21,27 @@ class Classifier:
         self.device, self.dtype = device, torch.float32 if device == "cpu" else torch.bfloat16
         self.net = net.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.columns = [card.categories.index(category) for category in categories]
+        self.of_pixels = card.arithmetic == "int8"
 
     @torch.inference_mode()
-    def __call__(self, images_NCHW: Tensor) -> Tensor:
-        """Scores (N, K)."""
-        images_NCHW = images_NCHW.to(self.device, self.dtype, memory_format=torch.channels_last)
-        present_N = torch.ones(len(images_NCHW), dtype=torch.bool, device=self.device)
-        return torch.sigmoid(self.net(images_NCHW, present_N, 1)[:, self.columns].float()).cpu()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Scores (N, K) of what ``preprocess`` gave."""
+        if not self.of_pixels:
+            images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
+        present_N = torch.ones(len(images), dtype=torch.bool, device=self.device)
+        return torch.sigmoid(self.net(images, present_N, 1)[:, self.columns].float()).cpu()
 
 
-def preprocess(model: str, side: int) -> v2.Compose:
-    """From a picture, PIL's or a uint8 array, to float32 (3, S, S) of about unit variance."""
+def preprocess(model: str, side: int) -> Callable[..., Tensor]:
+    """From a picture, PIL's or a uint8 array, to float32 (3, S, S) of about unit variance; for a net in int8, which
+    normalises by itself, to uint8 (S, S, 3)."""
+    resized = [v2.ToImage(), v2.Resize([side, side], antialias=True)]
+    if read_card(model).arithmetic == "int8":
+        return v2.Compose([*resized, _channels_last])
     spec = load_net(model)[0].trunk.spec
     mean, std = ([value / 255 for value in channels] for channels in (spec.mean, spec.std))
-    return v2.Compose(
-        [
-            v2.ToImage(),
-            v2.Resize([side, side], antialias=True),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean, std),
-        ]
-    )
+    return v2.Compose([*resized, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+def _channels_last(pixels_3SS: Tensor) -> Tensor:
+    return pixels_3SS.permute(1, 2, 0).contiguous()

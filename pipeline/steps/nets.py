@@ -87,3 +87,18 @@ def check_stage(spec: StageSpec, categories: tuple[str, ...], card: Card) -> Non
         raise ValueError(
             f"stage {spec.name!r}: model {spec.model!r} tests groups of {list(card.group_sizes)}, not {impossible}"
         )
+    if card.arithmetic == "int8":
+        _check_int8(spec, card)
+
+
+def _check_int8(spec: StageSpec, card: Card) -> None:
+    for name, given, right in (
+        ("input_size", spec.input_size, card.input_size),
+        ("dtype", spec.dtype, "float32"),
+        ("num_gpus", spec.num_gpus, 0),
+    ):
+        if given != right:
+            raise ValueError(
+                f"stage {spec.name!r}: {name} is {given}, but model {spec.model!r} is one in int8, for CPUs and "
+                f"pictures of {card.input_size} pixels: give {name} {right}, or the model that it was made of"
+            )

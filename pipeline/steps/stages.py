@@ -239,7 +239,7 @@ class GroupStage:
         parts = self.net.group_sizes[: self.net.depth_of(size)] if keep else ()
 
         def run(pixels_NSS3: Tensor, present_N: Tensor) -> tuple[Tensor, ...]:
-            images_NCHW = self.net.trunk.normalise(pixels_NSS3).to(self.dtype)
+            images_NCHW = self.net.trunk.normalise(pixels_NSS3, self.dtype)
             logits_GK, kept = self.net.test(images_NCHW, present_N, size)
             return logits_GK, *(kept.units[part] for part in parts), *(kept.present[part] for part in parts)
 

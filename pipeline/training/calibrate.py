@@ -108,7 +108,7 @@ class CalibrateConfig:
 
 def calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> Scores:
     """Raises UsageError on labels or nets that cannot be calibrated with, RunError when scoring fails."""
-    categories, candidates = find_candidates(config.models, config.categories)
+    categories, candidates = find_candidates(config.models, config.categories, gpu=config.gpu)
     pictures, biased_N = read_pictures(config, categories, say)
     sides = sorted({candidate.input_size for candidate in candidates})
     violating = int(pictures.labels_NK.any(axis=1).sum())
@@ -158,7 +158,9 @@ def run_calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> Scores
     return scores
 
 
-def find_candidates(models: Sequence[str], categories: Sequence[str] = ()) -> tuple[tuple[str, ...], list[Candidate]]:
+def find_candidates(
+    models: Sequence[str], categories: Sequence[str] = (), *, gpu: bool = False
+) -> tuple[tuple[str, ...], list[Candidate]]:
     """The categories, and every group size of every net. Raises UsageError."""
     found: list[Candidate] = []
     scored: tuple[str, ...] = tuple(categories)
@@ -175,6 +177,11 @@ def find_candidates(models: Sequence[str], categories: Sequence[str] = ()) -> tu
         if missing:
             raise UsageError(f"model {name!r} scores {list(card.categories)}, not {missing}: leave it out, or them")
         pixels = int(side) if side else card.input_size
+        if card.arithmetic == "int8" and (gpu or pixels != card.input_size):
+            raise UsageError(
+                f"model {entry!r} is one in int8, for CPUs and pictures of {card.input_size} pixels: leave out "
+                f"{'--gpu' if gpu else f'@{pixels}'}, or give the model that it was made of"
+            )
         largest = net.group_sizes[-1]
         short = Path(name).stem if name.endswith(".json") else name
         found += [

@@ -17,7 +17,7 @@ from jobs.cli import run_job
 from pipeline.errors import UsageError
 from pipeline.output.opening import open_output
 from pipeline.storage import check_endpoint, parse_uri, storage_errors_as_usage
-from pipeline.tables.sql import open_tables, sql_session
+from pipeline.tables.sql import explained, open_tables, sql_session
 
 ROWS_SHOWN = 1000
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -70,7 +70,7 @@ def run(config: JobConfig) -> None:
                 if answer is not None and answer.columns:
                     _show(answer, config.format)
     except duckdb.Error as error:
-        raise UsageError(" ".join(str(error).split("\n\nLINE ")[0].split())) from error
+        raise UsageError(explained(error, tables)) from error
 
 
 def _show(answer: duckdb.DuckDBPyRelation, format: str) -> None:

@@ -42,6 +42,8 @@ class Card:
     """As ``models/cost.py`` counts it at ``input_size``; older cards lack it."""
     arithmetic: str = "float"
     """``float``, or ``int8`` (``models/int8.py``): graphs for CPUs and pictures of ``input_size``."""
+    made_of: str | None = None
+    """Version of the net in floats that one in int8 was made of."""
 
     @property
     def group_sizes(self) -> tuple[int, ...]:

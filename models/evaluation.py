@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def measure(
     hosted by ``redraws`` draws of pictures without the category. A row per group size and category.
     """
     rng = np.random.default_rng(seed)
-    halves = np.array_split(rng.permutation(len(examples.pixels_NSS3)), 2)
+    halves = _halves(examples, rng)
     rows = []
     for size in net.group_sizes:
         for column, category in enumerate(examples.categories):
@@ -70,6 +71,21 @@ def measure(
                 }
             )
     return rows
+
+
+def check_measurable(examples: Examples, group_sizes: Sequence[int], seed: int) -> None:
+    """Raises ValueError when a half of ``measure`` lacks a positive or, for the largest group, other pictures."""
+    for half in _halves(examples, np.random.default_rng(seed)):
+        for category, positives in zip(examples.categories, examples.labels_NK[half].sum(axis=0), strict=True):
+            if not positives or len(half) - positives < max(group_sizes):
+                raise ValueError(
+                    f"a half of the {len(examples.pixels_NSS3):,} pictures that measure a net has {positives:,} with "
+                    f"{category} and {len(half) - positives:,} others, but needs 1 and {max(group_sizes)}: give more"
+                )
+
+
+def _halves(examples: Examples, rng: np.random.Generator) -> list[np.ndarray]:
+    return np.array_split(rng.permutation(len(examples.pixels_NSS3)), 2)
 
 
 def _hosted_scores(

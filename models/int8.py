@@ -11,8 +11,8 @@ Shapes: N images, S pixels a side, U units, K categories; X is whatever shape on
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,11 @@ class PieceTrunk(Trunk):
         ends = [cut for cut in self.cuts if cut in pieces]
         self.pieces = [(start, end, pieces[end or LAST]) for start, end in pairwise([None, *ends, None])]
 
+    @classmethod
+    def of_graphs(cls, name: str, num_categories: int, graphs: Mapping[str, bytes]) -> PieceTrunk:
+        """``graphs``: as ``quantise`` gives them."""
+        return cls(name, num_categories, {end: OnnxPiece(graph) for end, graph in graphs.items()})
+
     def normalise(self, pixels_NSS3: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The pixels: the first piece normalises them."""
         return pixels_NSS3
@@ -67,13 +72,23 @@ class PieceTrunk(Trunk):
 
 
 class OnnxPiece:
-    """A graph in a session of its own, which is opened by the first call, with as many threads as torch has then."""
+    """A graph in a session of its own, which is opened by the first call, with as many threads as torch has then.
+
+    Raises torch.OutOfMemoryError where ONNX Runtime finds no memory for a batch.
+    """
 
     def __init__(self, graph: bytes) -> None:
         self.graph = graph
 
     def __call__(self, units_UX: Tensor) -> Tensor:
-        (found,) = self._session.run(None, {"units": units_UX.contiguous().numpy()})
+        from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException  # noqa: PLC0415  as below
+
+        try:
+            (found,) = self._session.run(None, {"units": units_UX.contiguous().numpy()})
+        except (Fail, RuntimeException) as error:
+            if "allocate" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(str(error)) from error
         return torch.from_numpy(found)
 
     @cached_property
@@ -97,18 +112,31 @@ def quantise(net: GroupNet, pixels_NSS3: np.ndarray) -> dict[str, bytes]:
     fold_norms(net)
     ends = [*dict.fromkeys(point.cut for point in net.merge_points), None]
     modules = {end or LAST: _Between(net.trunk, start, end).eval() for start, end in pairwise([None, *ends])}
-    recorded = {end: _Recorded(module) for end, module in modules.items()}
-    observed = GroupNet(
-        PieceTrunk(net.trunk.name, net.num_categories, recorded), net.merge_points, net.merge_name
-    ).eval()
-    with torch.inference_mode():
-        for size in net.group_sizes:
-            batch = max(1, PICTURES_PER_BATCH // size) * size
-            for start in range(0, len(pixels_NSS3) // size * size, batch):
-                pixels = torch.from_numpy(np.ascontiguousarray(pixels_NSS3[start : start + batch]))
-                pixels = pixels[: len(pixels) // size * size]
+    return {end: _quantised(modules[end], partial(_units_before, end, net, modules, pixels_NSS3)) for end in modules}
+
+
+def _units_before(
+    end: str, net: GroupNet, modules: Mapping[str, nn.Module], pixels_NSS3: np.ndarray
+) -> Iterator[np.ndarray]:
+    """What the piece that ends at ``end`` is given, a batch at a time: all of it may be more than memory holds."""
+    given: list[np.ndarray] = []
+
+    def watched(units_UX: Tensor) -> Tensor:
+        given.append(units_UX.numpy())
+        found: Tensor = modules[end](units_UX)
+        return found
+
+    trunk = PieceTrunk(net.trunk.name, net.num_categories, {**modules, end: watched})
+    observed = GroupNet(trunk, net.merge_points, net.merge_name).eval()
+    for size in net.group_sizes:
+        whole = len(pixels_NSS3) // size * size
+        batch = max(1, PICTURES_PER_BATCH // size) * size
+        for start in range(0, whole, batch):
+            pixels = torch.from_numpy(np.ascontiguousarray(pixels_NSS3[start : min(start + batch, whole)]))
+            with torch.inference_mode():
                 observed(pixels, torch.ones(len(pixels), dtype=torch.bool), size)
-    return {end: _quantised(modules[end], recorded[end].seen) for end in modules}
+            yield from given
+            given.clear()
 
 
 class _Between(nn.Module):
@@ -133,24 +161,11 @@ class _Between(nn.Module):
         return rows_NSR.unflatten(2, (side, 3)).permute(0, 3, 1, 2)
 
 
-class _Recorded:
-    """A piece in floats that keeps what it was given."""
-
-    def __init__(self, run: nn.Module) -> None:
-        self.run = run
-        self.seen: list[np.ndarray] = []
-
-    def __call__(self, units_UX: Tensor) -> Tensor:
-        self.seen.append(units_UX.numpy())
-        found: Tensor = self.run(units_UX)
-        return found
-
-
-def _quantised(module: nn.Module, seen: list[np.ndarray]) -> bytes:
+def _quantised(module: nn.Module, units: Callable[[], Iterator[np.ndarray]]) -> bytes:
     from onnxruntime.quantization import QuantType, quantize_static  # noqa: PLC0415  with onnx, only to make a net
     from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: PLC0415
 
-    units_UX = torch.from_numpy(seen[0][:2])
+    units_UX = torch.from_numpy(next(units())[:2])
     program = torch.onnx.export(
         module, (units_UX,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("U")},), opset_version=ONNX_OPSET,
         input_names=["units"], output_names=["found"], verbose=False,
@@ -162,17 +177,31 @@ def _quantised(module: nn.Module, seen: list[np.ndarray]) -> bytes:
         # Its symbolic shapes fail on a batch of any length; the shapes of ONNX's own inference are enough.
         quant_pre_process(exported, floats, skip_symbolic_shape=True)
         quantize_static(
-            floats, integers, _Reader(seen), per_channel=True, reduce_range=True,
+            floats, integers, _Reader(units()), per_channel=True, reduce_range=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         )  # fmt: skip
-        return integers.read_bytes()
+        return _bare(integers.read_bytes())
+
+
+def _bare(graph: bytes) -> bytes:
+    """Without what torch notes down of the code that was exported: paths of this machine, on which digests would
+    depend."""
+    import onnx  # noqa: PLC0415  as above
+
+    model = onnx.load_from_string(graph)
+    inside = model.graph
+    for part in (model, inside, *inside.node, *inside.initializer, *inside.input, *inside.output, *inside.value_info):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    bare: bytes = model.SerializeToString()
+    return bare
 
 
 class _Reader:
     """Batches as ONNX Runtime's quantisation asks for them."""
 
-    def __init__(self, seen: list[np.ndarray]) -> None:
-        self.batches = iter(seen)
+    def __init__(self, batches: Iterator[np.ndarray]) -> None:
+        self.batches = batches
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self.batches, None)

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from models.backbone import Trunk
 from models.card import Card, read_card, read_weights
 from models.cost import segment_gmac
 from models.group_net import GroupNet
-from models.int8 import OnnxPiece, PieceTrunk
+from models.int8 import PieceTrunk
 
 
 def save_net(
@@ -59,13 +59,12 @@ def save_net(
     return card
 
 
-def save_graphs(graphs: dict[str, bytes], folder: Path, name: str, *, source: Card, facts: dict[str, Any]) -> Card:
+def save_graphs(graphs: Mapping[str, bytes], folder: Path, name: str, *, source: Card, facts: dict[str, Any]) -> Card:
     """Writes the graphs of ``int8.quantise`` as a net of its own: its files are named as those of ``source`` are."""
-    body = save_safetensors(
-        {end: torch.frombuffer(bytearray(graph), dtype=torch.uint8) for end, graph in graphs.items()}
-    )
+    tensors = {end: torch.frombuffer(bytearray(graph), dtype=torch.uint8) for end, graph in graphs.items()}
+    body = save_safetensors(tensors)
     digest = hashlib.sha256(body).hexdigest()
-    card = replace(source, name=name, sha256=digest, facts=facts, arithmetic="int8")
+    card = replace(source, name=name, sha256=digest, facts=facts, arithmetic="int8", made_of=source.version)
     _write(folder, card, body)
     return card
 
@@ -168,8 +167,8 @@ def load_net(model: str) -> tuple[GroupNet, Card]:
     tensors = load_safetensors(read_weights(card, model))
     trunk: Trunk
     if card.arithmetic == "int8":
-        pieces = {end: OnnxPiece(graph.numpy().tobytes()) for end, graph in tensors.items()}
-        trunk = PieceTrunk(card.trunk, len(card.categories), pieces)
+        graphs = {end: graph.numpy().tobytes() for end, graph in tensors.items()}
+        trunk = PieceTrunk.of_graphs(card.trunk, len(card.categories), graphs)
     else:
         trunk = Trunk(card.trunk, len(card.categories))
         trunk.classifier.load_state_dict(tensors)

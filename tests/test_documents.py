@@ -104,6 +104,8 @@ NOT_RUN = {
     ".venv/bin/python -m jobs.train --name weapon-group --labels s3://my-labels/pictures/ --categories weapon "
     "--trunk resnet50 --init my-nets/weapon-single.json --input-size 224 --views upright --output my-nets --gpu --bf16 "
     "--merge-points layer1:4 layer2:4 --group-shares 0.2 0.4 0.4 --frozen-statistics --hard-share 0.3": TRAINING,
+    ".venv/bin/python -m jobs.quantise --name weapon-int8 --model my-nets/weapon-single.json "
+    "--labels s3://my-labels/pictures/ --output my-nets": "wants the net above: tests/test_int8.py runs the job",
 }  # fmt: skip
 """Commands that no test runs, and why. Each is still read by its parser, and the files that it names are there."""
 

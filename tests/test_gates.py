@@ -99,7 +99,10 @@ def test_a_small_night_is_judged_by_its_noise(nights):
 
 def test_too_few_runs_are_named(nights):
     found = judge(night(20, np.random.default_rng(1), prevalence=0.1), nights[: FEWEST_RUNS - 1], FALSE_ALARMS)
-    assert found["suspect"] == [] and "too few runs to compare: 6 complete ones" in found["gates"]["note"]
+    assert found["suspect"] == [] and "too few runs to compare: 6 complete ones over" in found["gates"]["note"]
+    tonight = night(20, np.random.default_rng(1)) | {"increment": {"since": "mon"}}
+    note = judge(tonight, [], FALSE_ALARMS)["gates"]["note"]
+    assert "0 complete ones that took over verdicts, as tonight's does, over this source" in note
 
 
 def test_skipped_images_are_in_no_rate(nights):

@@ -498,10 +498,12 @@ def test_what_is_taken_over_is_said_and_what_stands_is_counted_apart(ray_session
     assert "Flagged tonight" in page and line in page
     assert f"<strong>{standing} flagged images in the source</strong>" in page
     shown = Console(file=io.StringIO(), width=120)
-    shown.print(closing_table(second))
+    unknown = {"recall": None, "false_positive_rate": None, "positives": 0, "negatives": 0}
+    shown.print(closing_table(second | {"quality": unknown}))
     said = " ".join(shown.file.getvalue().split())
     assert f"flagged tonight │ {second['counts']['flagged']} │" in said
     assert f"flagged, standing in the source │ {standing} │" in said
+    assert "recall │ unknown: 0 violating images that were judged this time │" in said
     run = read_run(Store(str(nights.output)), "two")
     assert (run.flagged, run.standing) == (second["counts"]["flagged"], standing)
     gauges = {sample.name: sample.value for sample in of_run(second)}

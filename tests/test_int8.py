@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
+from safetensors.torch import load as load_safetensors
 
-from models.card import read_card
+from models.card import ZOO, read_card
 from models.group_net import GroupNet, MergePoint
 from models.int8 import OnnxPiece, PieceTrunk, quantise
-from models.training import score_groups
+from models.training import TrainingConfig, score_groups
 from models.weights import load_net, save_graphs, save_net
+from pipeline.bench.scan import in_floats
 from pipeline.errors import UsageError
 from pipeline.plan import StageSpec
+from pipeline.planning.job import PlanConfig, _check_nets
+from pipeline.rivals.net import Classifier, preprocess
 from pipeline.steps.nets import check_stage
 from pipeline.steps.stages import GroupStage
 from pipeline.training.calibrate import find_candidates
@@ -94,6 +101,16 @@ def test_what_a_test_keeps_is_retested_and_regrouped_as_in_floats(nets):
         assert torch.equal(again, small(torch.from_numpy(pictures(16)), everyone, 4))
 
 
+def test_pictures_that_merge_before_the_net_are_normalised_once():
+    net = with_statistics("late_resnet_mini", (MergePoint(cut="pixels", size=2),)).float()
+    small = in_int8(net, pictures(64))
+    for size in (1, 2):
+        before, after = (
+            logits(which, pictures(80)[64:], torch.ones(16, dtype=torch.bool), size) for which in (net, small)
+        )
+        assert agree(before, after, share=0.25)
+
+
 def test_a_hole_is_its_absence(nets):
     _, small = nets
     present = torch.tensor([True, False, True, True])
@@ -138,8 +155,10 @@ def check_family(name: str, cut: str, side: int) -> None:
     others, everyone = pictures(48, side)[32:], torch.ones(16, dtype=torch.bool)
     for size in (1, 2):
         before, after = (logits(which, others, everyone, size) for which in (net, small))
-        # Weights of chance tell categories apart, but hardly any pictures.
+        # Weights of chance tell categories apart, but hardly any pictures: of them what is left must still be alike.
         assert float((before - after).abs().mean()) < 0.1 * float(before.std())
+        centred = [(found - found.mean(dim=0)).flatten().double() for found in (before, after)]
+        assert float(torch.corrcoef(torch.stack(centred))[0, 1]) > 0.8
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -217,10 +236,75 @@ def test_calibration_takes_it_at_its_own_size_and_on_cpus(saved):
         find_candidates([model], gpu=True)
 
 
-def test_it_does_not_learn(saved):
+def test_it_neither_learns_nor_teaches(saved):
     told = {"name": "x", "labels": ("y",), "categories": tuple("abcd"), "trunk": "late_resnet_mini", "input_size": 32}
     with pytest.raises(UsageError, match="a net in int8, which cannot learn"):
         TrainConfig(**told, init=str(saved[1])).build_net()
+    teaching = TrainingConfig(distillation=0.5)
+    with pytest.raises(UsageError, match=r"teacher .* is a net in int8: give the one it was made of"):
+        TrainConfig(**told, teacher=str(saved[1]), training=teaching).load_teacher()
+    assert TrainConfig(**told, teacher=str(saved[0]), training=teaching).load_teacher() is not None
+
+
+def test_rivals_test_with_the_net_that_it_was_made_of(saved, tmp_path):
+    floats, small = map(str, saved)
+    assert in_floats(floats) == in_floats(small) == floats
+    assert in_floats("emblem-mini-int8") == in_floats("emblem-mini") == "emblem-mini"
+    for path in saved[1].parent.glob("small.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "floats.json").write_text(saved[0].read_text().replace('"sha256": "', '"sha256": "0'))
+    with pytest.raises(UsageError, match="say with --net what template and loader test with"):
+        in_floats(str(tmp_path / "small.json"))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rival_scores_as_the_net_does(nets, saved, which):
+    pixels = pictures(8)
+    seen = torch.stack([preprocess(str(saved[which]), 32)(picture) for picture in pixels])
+    expected = score_groups(nets[which], pixels, np.arange(8)[:, None])[:, 1:3]
+    scores = Classifier(str(saved[which]), ["b", "c"], threads=torch.get_num_threads(), device="cpu")(seen)
+    assert np.allclose(scores.numpy(), expected, atol=2e-3)
+
+
+def test_plans_for_gpus_have_none(saved):
+    plan = SimpleNamespace(stages=[stage(saved[0]), stage(saved[1])])
+    config = PlanConfig(scores="s.parquet", prevalence=("0.01",), gpus=1)
+    with pytest.raises(UsageError, match=r"--gpus 1: the best plan has .*small.json', a net in int8, for CPUs"):
+        _check_nets(config, plan)
+    _check_nets(replace(config, gpus=0), plan)
+    _check_nets(config, SimpleNamespace(stages=[stage(saved[0]), stage(saved[1].with_name("gone.json"))]))
+
+
+def test_a_batch_without_memory_is_told_as_such():
+    piece = OnnxPiece(b"")
+    piece.__dict__["_session"] = SimpleNamespace(run=_fails_with("Failed to allocate memory for requested buffer"))
+    with pytest.raises(torch.OutOfMemoryError, match="Failed to allocate"):
+        piece(torch.zeros(1))
+    piece.__dict__["_session"] = SimpleNamespace(run=_fails_with("invalid node"))
+    with pytest.raises(RuntimeException, match="invalid node"):
+        piece(torch.zeros(1))
+
+
+def _fails_with(words: str):
+    def run(*_):
+        raise RuntimeException(words)
+
+    return run
+
+
+def onnx_texts(weights: Path) -> bytes:
+    """What notes stand in the graphs: docs and metadata, of which there are to be none."""
+    found = b""
+    for graph in load_safetensors(weights.read_bytes()).values():
+        model = onnx.load_from_string(graph.numpy().tobytes())
+        for part in (model, model.graph, *model.graph.node, *model.graph.value_info):
+            found += part.doc_string.encode() + str(list(part.metadata_props)).encode()
+    return found.replace(b"[]", b"")
+
+
+@pytest.mark.parametrize("name", ["emblem-int8", "emblem-mini-int8"])
+def test_shipped_graphs_tell_nothing_of_the_machine_that_made_them(name):
+    assert onnx_texts(ZOO / f"{name}.safetensors") == b""
 
 
 def test_a_changed_graph_is_refused(saved, tmp_path):
@@ -244,16 +328,20 @@ def test_the_job_makes_one_and_says_how_far_it_is_from_its_net(tmp_path, ray_ses
     said: list[str] = []
     made = run_quantise(QuantiseConfig(**told), said.append)
     facts = json.loads((tmp_path / "zoo" / "made.json").read_text())["facts"]
-    assert facts["made_of"].startswith("floats@") and facts["ranges"]["pictures"] == 40
+    assert facts["ranges"]["pictures"] == 40 and facts["validation"]["pictures"] == 80
     assert facts["scores"]["pictures"] == 80 and 0 < facts["scores"]["mean_difference"] < 0.1
     assert [row["group_size"] for row in facts["measured"]] == [row["group_size"] for row in made.before]
     net, card = load_net(str(tmp_path / "zoo" / "made.json"))
     assert card == made.card and net.group_sizes == (1, 2, 4) and card.arithmetic == "int8"
+    assert card.made_of == read_card(told["model"]).version and card.segment_gmac
+    assert onnx_texts(tmp_path / "zoo" / "made.safetensors") == b""
     assert said == ["ranges of 40 pictures, 80 others judge"]
     for changes, words in (
         ({"model": str(tmp_path / "zoo" / "made.json")}, "is a net in int8 already"),
         ({"model": "nonesuch"}, "nonesuch"),
         ({"pictures": 120}, "120 pictures, of which 120 are for ranges"),
+        ({"pictures": 116}, "2 others, but needs 1 and 4|has 0 with"),
+        ({"name": "floats", "output": tmp_path}, "is that of the net in floats, which it would replace"),
     ):
         with pytest.raises(UsageError, match=words):
             run_quantise(QuantiseConfig(**told | changes), said.append)

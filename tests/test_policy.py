@@ -259,11 +259,11 @@ def test_a_run_goes_on_with_its_own_policy(night, tmp_path):
     assert run_scan(ScanConfig(**options, run_id="night", policy=night["policy"]))["status"] == "complete"
     with pytest.raises(
         UsageError,
-        match=r"started with policy of SHA-256 [0-9a-f]{64}, not None; go on with that, or give another --run-id",
+        match=r"started with policy house 1 of SHA-256 [0-9a-f]{64}, not with no policy; go on with that",
     ):
         run_scan(ScanConfig(**options, run_id="night"))
     Path(night["policy"]).write_text(Path(night["policy"]).read_text().replace("restrict", "remove"))
-    with pytest.raises(UsageError, match=r"started with policy of SHA-256 [0-9a-f]{64}, not [0-9a-f]{64}"):
+    with pytest.raises(UsageError, match=r"policy house 1 of SHA-256 [0-9a-f]{64}, not with policy house 1 of SHA-256"):
         run_scan(ScanConfig(**options, run_id="night", policy=night["policy"]))
 
 

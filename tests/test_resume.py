@@ -225,7 +225,7 @@ def test_errors_that_may_pass_are_scanned_again_in_a_run_of_their_own(half_reada
         run_scan(config("", output, tmp_path, retry_errors="again", run_id="third"))
     with pytest.raises(UsageError, match="--retry-errors none: no complete run of that name"):
         run_scan(config("", output, tmp_path, retry_errors="none", run_id="third"))
-    with pytest.raises(UsageError, match="was started with --retry-errors r, not None"):
+    with pytest.raises(UsageError, match="was started with --retry-errors r, not with no --retry-errors"):
         run_scan(config(half_readable, output, tmp_path, run_id="again"))
     check_report_is_added(wanted, output, record)
 

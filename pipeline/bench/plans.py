@@ -63,7 +63,7 @@ def bench_plans(config: PlansConfig, say: Say) -> dict[str, Any]:
             say(f"turn {turn + 1}, {plan}: {record['seconds']:.1f} s")
     result = {
         "machine": describe_machine(),
-        "versions": describe_versions("dorfman", "torch", "ray"),
+        "versions": describe_versions("dorfman", "torch", "onnxruntime", "ray"),
         "images": records[config.plans[0]][0]["listed"],
         "rows": [_row(plan, scans) for plan, scans in records.items()],
     }

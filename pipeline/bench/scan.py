@@ -110,7 +110,7 @@ def bench_scan(config: ScanBenchConfig, say: Say) -> dict[str, Any]:
         rows = named(take_turns(rivals, config.repeats, say, warm_up=False), "images_per_s")
     positives = sum(truth.values())
     result = result_of(
-        "scan", rows, "ray", "torch", "torchvision", "pillow",
+        "scan", rows, "ray", "torch", "onnxruntime", "torchvision", "pillow",
         images=len(paths), positives=positives, negatives=len(truth) - positives, plan=plan.model_dump(mode="json"),
     )  # fmt: skip
     write_result(config.json, result)
@@ -121,12 +121,15 @@ def bench_scan(config: ScanBenchConfig, say: Say) -> dict[str, Any]:
 def in_floats(model: str) -> str:
     """The net that one in int8 was made of, or what is none. Raises UsageError when it is not at hand."""
     card = read_card(model)
-    if card.arithmetic == "float":
+    if card.made_of is None:
         return model
-    source = str(card.facts.get("made_of", "")).rpartition("@")[0]
+    source = card.made_of.rpartition("@")[0]
     beside = locate(model).with_name(f"{source}.json")
-    if not source or not beside.is_file():
-        raise UsageError(f"model {model!r} is one in int8, and {beside} is not there: say with --net what rivals use")
+    if not beside.is_file() or read_card(str(beside)).version != card.made_of:
+        raise UsageError(
+            f"model {model!r} is one in int8, made of {card.made_of}, which {beside} is not: say with --net what "
+            "template and loader test with"
+        )
     return str(beside) if Path(model).suffix else source
 
 
@@ -141,9 +144,13 @@ class _Bench:
         self, config: ScanBenchConfig, plan: Plan, truth: dict[str, bool], paths: list[str], folder: Path, say: Say
     ) -> None:
         self.config, self.plan, self.truth, self.paths, self.folder, self.say = config, plan, truth, paths, folder, say
-        self.net = config.net or in_floats(plan.stages[-1].model)
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.runs = 0
+
+    @property
+    def net(self) -> str:
+        """What template and loader test with."""
+        return self.config.net or in_floats(self.plan.stages[-1].model)
 
     def makers(self) -> tuple[Callable[[], Rival], ...]:
         """In the order of ``NAMES``."""

@@ -87,7 +87,7 @@ def bench_stage(config: StageBenchConfig, say: Say) -> dict[str, Any]:
         row["group_size"] = shares[row["name"].partition(":")[2]]
         row["gpu_busy"] = busy[row["name"]]() if row["name"] in busy else None
         row["of_net"] = row["images_per_s"] / _rate(rows, f"net:{row['name'].partition(':')[2]}")
-    result = result_of("stage", rows, "torch", plan=plan.name)
+    result = result_of("stage", rows, "torch", "onnxruntime", plan=plan.name)
     write_result(config.json, result)
     plot_rates(config.plot, f"stages of plan {plan.name}", rows, "images_per_s")
     return result

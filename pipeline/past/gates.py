@@ -80,9 +80,10 @@ def judge(tonight: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], alar
     verdicts = [_verdict(mine[gate], nights, alarms / len(usable)) for gate, nights in usable.items()]
     note = None
     if not verdicts:
+        alike = " that took over verdicts, as tonight's does," if tonight.get("increment") else ""
         note = (
-            f"too few runs to compare: {len(runs)} complete ones over this source with the same plan, nets and banks, "
-            f"and {FEWEST_RUNS} are needed"
+            f"too few runs to compare: {len(runs)} complete ones{alike} over this source with the same plan, nets and "
+            f"banks, and {FEWEST_RUNS} are needed"
         )
         if len(runs) >= FEWEST_RUNS:
             note = "nothing to compare: too little was tested, tonight or in the runs before"

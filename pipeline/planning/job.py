@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from models.card import read_card
 from pipeline.errors import UsageError
 from pipeline.plan import Plan
 from pipeline.planning.calibration import Prevalence
@@ -86,8 +87,23 @@ def plan_from_scores(config: PlanConfig) -> Planned:
     proposal = propose(scores, request)
     cpus = config.cpus or float(os.cpu_count() or 1)
     plan = to_plan(scores, proposal, config.name or config.output.stem, cpus, config.gpus)
+    _check_nets(config, plan)
     report = PlanReport(scores, proposal, plan)
     return Planned(proposal=proposal, plan=plan, report=report, page=_write(config.output, plan, report))
+
+
+def _check_nets(config: PlanConfig, plan: Plan) -> None:
+    """Nets in int8 are for CPUs: a plan that gives them GPUs would be certified, and refused by every scan."""
+    for stage in plan.stages if config.gpus else ():
+        try:
+            card = read_card(stage.model)
+        except ValueError:
+            continue  # the nets need not be where plans are made
+        if card.arithmetic == "int8":
+            raise UsageError(
+                f"--gpus {config.gpus:g}: the best plan has {stage.model!r}, a net in int8, for CPUs: leave out "
+                "--gpus, or calibrate without such nets"
+            )
 
 
 def _write(path: Path, plan: Plan, report: PlanReport) -> Path:

@@ -144,7 +144,7 @@ def closing_table(record: dict[str, Any]) -> Table:
         table.add_row(*row)
     table.add_section()
     if record["quality"]:
-        for row in _quality_rows(record["quality"]):
+        for row in _quality_rows(record["quality"], anew=bool(record.get("increment"))):
             table.add_row(*row)
         table.add_section()
     for row in time_rows(record):
@@ -199,11 +199,13 @@ def _taken_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"entries of bank {bank} that match too much", f"{len(entries):,}, not obeyed"
 
 
-def _quality_rows(quality: dict[str, Any]) -> list[tuple[str, str]]:
+def _quality_rows(quality: dict[str, Any], *, anew: bool) -> list[tuple[str, str]]:
+    """``anew``: of a night that judged only what is new or changed, of which labels may know little."""
+    judged = " that were judged this time" if anew else ""
     rows = []
     for name, label, count in (
-        ("recall", "recall", f"{quality['positives']:,} violating images"),
-        ("false_positive_rate", "false-positive rate", f"{quality['negatives']:,} others"),
+        ("recall", "recall", f"{quality['positives']:,} violating images{judged}"),
+        ("false_positive_rate", "false-positive rate", f"{quality['negatives']:,} others{judged}"),
     ):
         if quality[name] is None:
             rows.append((label, f"unknown: {count}"))

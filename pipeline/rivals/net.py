@@ -22,6 +22,8 @@ class Classifier:
         self.net = net.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.columns = [card.categories.index(category) for category in categories]
         self.of_pixels = card.arithmetic == "int8"
+        if self.of_pixels and device != "cpu":
+            raise SystemExit(f"model {model!r} is a net in int8, which computes on CPUs only")
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import secrets
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -339,12 +339,19 @@ def _check_same_run(
         ("weights", frozen["weights_sha256"], models.weights_sha256),
         ("audit rates", frozen["plan"].get("audit", rates), rates),
         ("canaries of SHA-256", frozen.get("canaries_sha256"), canaries.sha256 if canaries else None),
-        ("policy of SHA-256", (frozen.get("policy") or {}).get("sha256"), policy["sha256"] if policy else None),
+        ("policy", _named_policy(frozen.get("policy")), _named_policy(policy)),
     ):
         if then != now:
-            raise UsageError(
-                f"run {run_id!r} was started with {what} {then}, not {now}; go on with that, or give another --run-id"
+            told, instead = (
+                f"no {what.partition(' of ')[0]}" if value is None else f"{what} {value}" for value in (then, now)
             )
+            raise UsageError(
+                f"run {run_id!r} was started with {told}, not with {instead}; go on with that, or give another --run-id"
+            )
+
+
+def _named_policy(policy: Mapping[str, Any] | None) -> str | None:
+    return f"{policy['name']} {policy['version']} of SHA-256 {policy['sha256']}" if policy else None
 
 
 def check_accepted(config: ScanConfig, record: dict[str, Any]) -> None:

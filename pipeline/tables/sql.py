@@ -7,6 +7,7 @@ name, is not there. Files are opened where they are, by Arrow; DuckDB pushes col
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -242,3 +243,15 @@ def sql_session(tables: Tables, folders: tuple[str, ...] = ()) -> Iterator[duckd
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         yield connection
+
+
+def explained(error: duckdb.Error, tables: Tables) -> str:
+    """What DuckDB says, in one line, and the remedy that it cannot know."""
+    said = " ".join(str(error).split("\n\nLINE ")[0].split())
+    file = re.match(r'Permission Error: Cannot access file "([^"]+)"', said)
+    if file and "://" not in file[1]:
+        return f"{said}; files are read and written in folders that --files names, none of which is the output"
+    if re.match("Catalog Error: Table with name [^/]+ does not exist", said):
+        views = ["runs", *(name for name in tables.datasets if name != ROWS), *_VIEWS]
+        return f"{said}; the views are {', '.join(views)}"
+    return said

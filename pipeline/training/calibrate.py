@@ -137,7 +137,7 @@ def calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> Scores:
                 "seed": config.seed,
                 "redraws": config.redraws,
                 "machine": describe_machine(),
-                "versions": describe_versions("dorfman", "torch", "ray"),
+                "versions": describe_versions("dorfman", "torch", "onnxruntime", "ray"),
             },
         )
         # A net whose scores are no numbers has been refused before groups, which take hours, are scored.
@@ -248,7 +248,9 @@ def _arrange(
     # Blocks hold whole groups of every size.
     length = int(np.lcm.reduce([candidate.size for candidate in groups]))
     rng = np.random.default_rng([config.seed, 2])
-    cheapest = sorted((c for c in candidates if c.size == 1), key=lambda candidate: candidate.gmac)[: config.screens]
+    alone_of = [candidate for candidate in candidates if candidate.size == 1]
+    # A net in int8 has the multiply-adds of the one it was made of.
+    cheapest = sorted(alone_of, key=lambda candidate: (candidate.gmac, candidate.seconds or 0.0))[: config.screens]
     wanted: list[tuple[str | None, tuple[float, ...], np.ndarray]] = [(None, (), np.ones(len(half_N), dtype=bool))]
     for screen in cheapest:
         for recall in config.screen_recalls:

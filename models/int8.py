@@ -9,6 +9,7 @@ Shapes: N images, S pixels a side, U units, K categories; X is whatever shape on
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
@@ -103,12 +104,12 @@ class OnnxPiece:
 
 
 def quantise(net: GroupNet, pixels_NSS3: np.ndarray) -> dict[str, bytes]:
-    """Graphs by piece, of a net in floats, in eval mode on the CPU, whose norms are folded on the way.
+    """Graphs by piece, of a net in floats, in eval mode on the CPU.
 
     Ranges are those of ``pixels_NSS3`` (uint8), tested alone and in consecutive groups of every size. Raises
     ImportError without the packages of the extra ``int8``.
     """
-    fold_norms(net)
+    net = fold_norms(copy.deepcopy(net))
     ends = [*dict.fromkeys(point.cut for point in net.merge_points), None]
     modules = {end or LAST: _Between(net.trunk, start, end).eval() for start, end in pairwise([None, *ends])}
     return {end: _quantised(modules[end], partial(_units_before, end, net, modules, pixels_NSS3)) for end in modules}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +50,7 @@ def pictures(count: int, side: int = 32) -> np.ndarray:
 
 
 def in_int8(net: GroupNet, pixels: np.ndarray) -> GroupNet:
-    pieces = {end: OnnxPiece(graph) for end, graph in quantise(copy.deepcopy(net), pixels).items()}
+    pieces = {end: OnnxPiece(graph) for end, graph in quantise(net, pixels).items()}
     return GroupNet(PieceTrunk(net.trunk.name, net.num_categories, pieces), net.merge_points, net.merge_name).eval()
 
 
@@ -124,7 +123,7 @@ def test_a_hole_is_its_absence(nets):
 def test_a_score_depends_neither_on_the_batch_nor_on_the_threads(nets):
     net, _ = nets
     pixels = pictures(48)
-    graphs = quantise(copy.deepcopy(net), pictures(64))
+    graphs = quantise(net, pictures(64))
     found = []
     before = torch.get_num_threads()
     try:
@@ -143,7 +142,7 @@ def test_a_score_depends_neither_on_the_batch_nor_on_the_threads(nets):
 def test_weights_have_seven_bits_so_that_no_processor_saturates(nets):
     """Two products of uint8 and seven bits add up to less than 2**15; of eight bits they need not."""
     net, _ = nets
-    for graph in quantise(copy.deepcopy(net), pictures(64)).values():
+    for graph in quantise(net, pictures(64)).values():
         tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load_from_string(graph).graph.initializer]
         kernels = [tensor for tensor in tensors if tensor.dtype == np.int8 and tensor.ndim > 1]
         assert kernels and all(np.abs(kernel.astype(int)).max() <= 64 for kernel in kernels)
@@ -181,7 +180,7 @@ def saved(nets, tmp_path_factory) -> tuple[Path, Path]:
     net, _ = nets
     told = {"categories": ("a", "b", "c", "d"), "input_size": 32, "facts": {}}
     card = save_net(net, folder, "floats", **told)
-    save_graphs(quantise(copy.deepcopy(net), pictures(64)), folder, "small", source=card, facts={})
+    save_graphs(quantise(net, pictures(64)), folder, "small", source=card, facts={})
     return folder / "floats.json", folder / "small.json"
 
 

@@ -95,7 +95,7 @@ def run_quantise(config: QuantiseConfig, say: Callable[[str], None]) -> Quantise
         raise UsageError(f"{', '.join(config.labels)}: {error}") from error
     say(f"ranges of {config.pictures:,} pictures, {len(judge.pixels_NSS3):,} others judge")
     source = replace(card, segment_gmac=segment_gmac(net, card.input_size))
-    graphs = quantise(load_net(config.model)[0], np.load(ranges.pixels, mmap_mode="r"))
+    graphs = quantise(net, np.load(ranges.pixels, mmap_mode="r"))
     trunk = PieceTrunk.of_graphs(card.trunk, len(card.categories), graphs)
     small = GroupNet(trunk, card.merge_points, card.merge).eval()
     judged = partial(

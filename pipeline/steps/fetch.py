@@ -1,7 +1,7 @@
 """From manifest rows to bytes. What cannot be fetched is an error of its own, never an exception.
 
 obstore fetches, many requests in flight; boto3 fetches the keys that obstore cannot name, and what only
-it can check. A request that fails for a reason that may pass is sent again until the image's deadline.
+it can check. Local files are read some by each thread. A request that fails for a reason that may pass is sent again until the image's deadline.
 Bytes that an earlier run has judged keep their verdict (``contents.py``).
 """
 
@@ -13,9 +13,12 @@ import hashlib
 import io
 import os
 import re
+import stat
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 OPERATOR = "fetch"
 TRIES = 3
 """Requests that stall for which an image's deadline has room."""
+REQUESTS_PER_READER = 4
+"""Requests to a store that a plan has in flight for each thread that reads local files: more of them take turns."""
 CHUNK_BYTES = 1 << 16
 PASSING_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 LONGEST_PAUSE = 10.0
@@ -109,7 +114,10 @@ class Fetcher:
         """Gives every image its payload or its error."""
         began = time.perf_counter()
         self.overdue = 0
-        asyncio.run(self._fetch_all(window.images))
+        self._read_files(window.images)
+        others = [image for image in window.images if image.payload is None]
+        if others:
+            asyncio.run(self._fetch_all(others))
         for image in window.images:
             self._recognise(image)
         window.work.append(
@@ -133,6 +141,21 @@ class Fetcher:
         image.findings = list(known.findings) or None
         image.decide("flagged" if known.findings else "skipped")
 
+    def _read_files(self, images: list[Image]) -> None:
+        """Gives local files their bytes. A request for each, as for objects, takes longer than the reading.
+
+        Those that fail, or that a thread has not come to in the time of one try, are left to be fetched like objects:
+        each with a deadline and a reason of its own.
+        """
+        files = deque(image for image in images if not image.uri.startswith("s3://"))
+        found: list[tuple[Image, bytes, str]] = []
+        readers = min(len(files), max(1, self.limits.fetch_concurrency // REQUESTS_PER_READER))
+        work = [self.threads.submit(_read_some, files, self._limit, found) for _ in range(readers)]
+        wait(work, self.limits.fetch_seconds / TRIES)
+        # A copy: a thread that comes back from a file system that hung is too late.
+        for image, payload, sha256 in tuple(found):
+            image.payload, image.sha256 = payload, sha256
+
     async def _fetch_all(self, images: list[Image]) -> None:
         slots = asyncio.Semaphore(self.limits.fetch_concurrency)
 
@@ -144,12 +167,12 @@ class Fetcher:
                     image.fail(error.code, error.detail)
                 else:
                     # Here and not behind the window: the other requests go on meanwhile.
-                    image.sha256 = hashlib.sha256(image.payload).hexdigest()
+                    image.sha256 = _sha256(image.payload)
 
         await asyncio.gather(*(fetch(image) for image in images))
 
     async def _fetch(self, image: Image) -> bytes:
-        limit = self.limits.max_megabytes * 1_000_000
+        limit = self._limit
         if image.size_bytes is not None and image.size_bytes > limit:
             raise FetchError("too_large", f"{image.size_bytes:,} bytes are over the limit of {limit:,}")
         try:
@@ -195,6 +218,11 @@ class Fetcher:
         if location.bucket in self.encrypted or _agrees(payload, found):
             return payload
         return await in_thread(self._get_by_boto3, self._boto3(), location, image, limit, seconds)
+
+    @property
+    def _limit(self) -> int:
+        """Bytes of one image."""
+        return self.limits.max_megabytes * 1_000_000
 
     def _boto3(self) -> S3Client:
         """Made here, in one thread: boto3's default session is not to be asked by several for the first time."""
@@ -299,16 +327,34 @@ def _read_until(body: StreamingBody, end: float) -> bytes:
     return b"".join(chunks)
 
 
+def _read_some(waiting: deque[Image], limit: int, found: list[tuple[Image, bytes, str]]) -> None:
+    """Files with their bytes and digests, as they are read, until none waits; those that fail are not among them."""
+    while True:
+        try:
+            image = waiting.popleft()
+        except IndexError:
+            return
+        with suppress(FetchError, UsageError):
+            payload = _read_file(parse_uri(image.uri), image.etag, limit)
+            if image.size_bytes in (None, len(payload)):
+                found.append((image, payload, _sha256(payload)))
+
+
+def _sha256(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()
+
+
 def _read_file(location: Location, etag: str | None, limit: int) -> bytes:
     try:
-        path = Path(location.key)
-        if path.exists() and not path.is_file():
+        # Before it is opened, which for a pipe would wait and for a device might do something.
+        found = os.stat(location.key)
+        if not stat.S_ISREG(found.st_mode):
             raise FetchError("fetch_failed", "not a regular file")
-        size = os.stat(path).st_size
-        if size > limit:
-            raise FetchError("too_large", f"{size:,} bytes are over the limit of {limit:,}")
-        payload = path.read_bytes()
-        now = file_etag(os.stat(path))
+        if found.st_size > limit:
+            raise FetchError("too_large", f"{found.st_size:,} bytes are over the limit of {limit:,}")
+        with open(location.key, "rb", buffering=0) as file:
+            payload = file.readall()
+            now = file_etag(os.fstat(file.fileno()))
     except FileNotFoundError as error:
         raise FetchError("fetch_not_found", "gone since it was listed") from error
     except PermissionError as error:

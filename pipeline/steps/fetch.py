@@ -1,7 +1,8 @@
 """From manifest rows to bytes. What cannot be fetched is an error of its own, never an exception.
 
 obstore fetches, many requests in flight; boto3 fetches the keys that obstore cannot name, and what only
-it can check. Local files are read some by each thread. A request that fails for a reason that may pass is sent again until the image's deadline.
+it can check. Of local files each thread reads some. What fails for a reason that may pass is tried again
+until the image's deadline.
 Bytes that an earlier run has judged keep their verdict (``contents.py``).
 """
 
@@ -20,7 +21,6 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import obstore

@@ -40,15 +40,18 @@ class Card:
     facts: dict[str, Any]
     segment_gmac: dict[str, float] | None = None
     """As ``models/cost.py`` counts it at ``input_size``; older cards lack it."""
-    arithmetic: str = "float"
-    """``float``, or ``int8`` (``models/int8.py``): graphs for CPUs and pictures of ``input_size``."""
     made_of: str | None = None
-    """Version of the net in floats that one in int8 was made of."""
+    """Version of the net in floats that one in int8 was made of (``models/int8.py``); of one in floats None."""
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
         """Group sizes that the net can test, from single images up."""
         return group_sizes(self.merge_points)
+
+    @property
+    def int8(self) -> bool:
+        """Whether its weights are graphs in int8: for CPUs, and pictures of ``input_size`` alone."""
+        return self.made_of is not None
 
     @property
     def version(self) -> str:

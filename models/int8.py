@@ -132,7 +132,7 @@ def _units_before(
         whole = len(pixels_NSS3) // size * size
         batch = max(1, PICTURES_PER_BATCH // size) * size
         for start in range(0, whole, batch):
-            pixels = torch.from_numpy(np.ascontiguousarray(pixels_NSS3[start : min(start + batch, whole)]))
+            pixels = torch.from_numpy(pixels_NSS3[start : min(start + batch, whole)].copy())
             with torch.inference_mode():
                 observed(pixels, torch.ones(len(pixels), dtype=torch.bool), size)
             yield from given

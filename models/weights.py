@@ -64,7 +64,7 @@ def save_graphs(graphs: Mapping[str, bytes], folder: Path, name: str, *, source:
     tensors = {end: torch.frombuffer(bytearray(graph), dtype=torch.uint8) for end, graph in graphs.items()}
     body = save_safetensors(tensors)
     digest = hashlib.sha256(body).hexdigest()
-    card = replace(source, name=name, sha256=digest, facts=facts, arithmetic="int8", made_of=source.version)
+    card = replace(source, name=name, sha256=digest, facts=facts, made_of=source.version)
     _write(folder, card, body)
     return card
 
@@ -166,7 +166,7 @@ def load_net(model: str) -> tuple[GroupNet, Card]:
     card = read_card(model)
     tensors = load_safetensors(read_weights(card, model))
     trunk: Trunk
-    if card.arithmetic == "int8":
+    if card.int8:
         graphs = {end: graph.numpy().tobytes() for end, graph in tensors.items()}
         trunk = PieceTrunk.of_graphs(card.trunk, len(card.categories), graphs)
     else:

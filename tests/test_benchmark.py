@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
 from PIL import Image
 
 from jobs.benchmark import COMMANDS
@@ -19,8 +21,9 @@ from models.backbone import Trunk
 from models.group_net import GroupNet, MergePoint
 from models.weights import load_net, save_net
 from pipeline.bench.group_plans import ALGORITHMS, Fitting, Net, group_threshold, load_nets, make_entries
-from pipeline.bench.models import ModelsConfig, bench_models
+from pipeline.bench.models import ModelsConfig, bench_models, plot_models
 from pipeline.bench.prevalence import Effort, Judge, Judged, StageRun
+from pipeline.errors import UsageError
 from pipeline.labels.examples import LabelledPictures, split_off
 from pipeline.labels.splits import LabelledPixels, read_splits
 from pipeline.plan import Plan, StageSpec, WindowSpec, load_plan, parse_plan
@@ -217,6 +220,21 @@ def test_other_test_pictures_change_no_threshold(zoo, data, tmp_path):
     after = bench_models(ModelsConfig(data=folder, **quick), lambda line: None)
     assert [row["plan"] for row in after["rows"]] == [row["plan"] for row in before["rows"]]
     assert after["rows"][0]["recall"] < before["rows"][0]["recall"]
+
+
+def test_the_plot_has_every_net_at_the_first_prevalence(tmp_path):
+    def row(net: str, prevalence: float, *rounds: int, groupings: int = 1) -> dict:
+        told = {"net": net, "prevalence": prevalence, "rounds": rounds, "groupings": groupings}
+        return told | {"relative_cost": 1 / rounds[0], "recall": 0.9, "recall_interval": (0.85, 0.94)}
+
+    rows = [row("single", 0.001, 1), row("tree", 0.001, 4, 2), row("tree", 0.001, 4, groupings=2), row("late", 0.01, 8)]
+    with rc_context({"svg.fonttype": "none"}):
+        plot_models(tmp_path / "new" / "models.svg", {"rows": rows})
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "new" / "models.svg").read_text())
+    assert {"single", "tree", "1", "4 &gt; 2", "2 x 4"} <= set(words) and not {"late", "8"} & set(words)
+    assert any(word.startswith("prevalence 0.1%") for word in words)
+    with pytest.raises(UsageError, match="cannot write"):
+        plot_models(tmp_path / "new" / "models.svg" / "below.svg", {"rows": rows})
 
 
 def test_the_highest_threshold_that_keeps_a_share():

@@ -333,7 +333,7 @@ def test_the_job_makes_one_and_says_how_far_it_is_from_its_net(tmp_path, ray_ses
     assert facts["scores"]["pictures"] == 80 and 0 < facts["scores"]["mean_difference"] < 0.1
     assert [row["group_size"] for row in facts["measured"]] == [row["group_size"] for row in made.before]
     net, card = load_net(str(tmp_path / "zoo" / "made.json"))
-    assert card == made.card and net.group_sizes == (1, 2, 4) and card.arithmetic == "int8"
+    assert card == made.card and net.group_sizes == (1, 2, 4) and card.int8
     assert card.made_of == read_card(told["model"]).version and card.segment_gmac
     assert onnx_texts(tmp_path / "zoo" / "made.safetensors") == b""
     assert said == ["ranges of 40 pictures, 80 others judge"]

@@ -308,7 +308,7 @@ def test_the_zoo_is_small_and_its_cards_tell_what_was_measured():
         for row in card.facts["measured"]:
             low, high = row["recall_interval"]
             assert low <= row["recall"] <= high and row["positives"] >= 90
-        if card.arithmetic == "int8":
+        if card.int8:
             assert card.made_of is not None
             source = read_card(card.made_of.rpartition("@")[0])
             assert card.made_of == source.version and card.segment_gmac == source.segment_gmac

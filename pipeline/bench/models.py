@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import yaml
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from models.card import ZOO
 from pipeline.bench.group_plans import DESIGNS, INDIVIDUAL, Entry, Fitting, load_nets, make_entries
-from pipeline.bench.measure import Report, Say
+from pipeline.bench.measure import Report, Say, writing
 from pipeline.bench.prevalence import Judge, Judged
 from pipeline.errors import UsageError
 from pipeline.labels.splits import LabelledPixels, read_splits
@@ -39,6 +40,8 @@ class ModelsConfig:
     """File to write the rows to."""
     plans: Path | None = None
     """Folder to write each row's plan to, as jobs.scan reads it."""
+    plot: Path | None = None
+    """Picture (SVG or PNG) of recall over cost at the first prevalence."""
     zoo: Path = ZOO
     """Folder with the nets."""
     nets: tuple[str, ...] = tuple(DESIGNS)
@@ -105,6 +108,7 @@ def bench_models(config: ModelsConfig, say: Say) -> dict[str, Any]:
         "rows": rows,
     }
     write_results(config, result)
+    plot_models(config.plot, result)
     return result
 
 
@@ -195,12 +199,11 @@ def models_tables(result: dict[str, Any]) -> list[Table]:
             for column in ("recall [95 %]", "relative", "FPR [95 %]", "tests/image", "GMAC/image", "cost", "images/s"):
                 table.add_column(column, justify="right")
             tables[row["prevalence"]] = table
-        sizes = " > ".join(str(size) for size in row["rounds"])
         tables[row["prevalence"]].add_row(
             row["net"],
             f"{row['algorithm']} {row['algorithm_name']}" if row["algorithm"] else row["algorithm_name"],
             f"{row['design']} {row['design_name']}" if row["design"] else "",
-            sizes if row["groupings"] == 1 else f"2 x {sizes}",
+            _rounds(row),
             _with_interval(row["recall"], row["recall_interval"]),
             "" if row["relative_recall"] is None else f"{row['relative_recall']:.4f}",
             _with_interval(row["false_positive_rate"], row["false_positive_rate_interval"]),
@@ -210,6 +213,41 @@ def models_tables(result: dict[str, Any]) -> list[Table]:
             f"{row['images_per_s']:,.0f}",
         )
     return list(tables.values())
+
+
+def plot_models(path: Path | None, result: dict[str, Any]) -> None:
+    """Recall, with its interval, over relative cost at the first prevalence, as SVG or PNG. Raises UsageError."""
+    if path is None:
+        return
+    rows = [row for row in result["rows"] if row["prevalence"] == result["rows"][0]["prevalence"]]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for net in dict.fromkeys(row["net"] for row in rows):
+        of_net = [row for row in rows if row["net"] == net]
+        costs, recalls = ([row[name] for row in of_net] for name in ("relative_cost", "recall"))
+        bounds = [[abs(row["recall"] - row["recall_interval"][end]) for row in of_net] for end in (0, 1)]
+        axes.errorbar(costs, recalls, yerr=bounds, fmt="o", elinewidth=0.6, label=net)
+        for row in of_net:
+            there = (row["relative_cost"], row["recall"])
+            axes.annotate(_rounds(row), there, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.axhline(rows[0]["recall"], color="#999999", linewidth=0.8, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_xlabel("cost, GMAC over individual testing's")
+    axes.set_ylabel("recall")
+    axes.set_title(
+        f"prevalence {rows[0]['prevalence']:.1%}, group sizes by round; dashed: individual testing",
+        fontsize=10,
+        loc="left",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    with writing(path):
+        figure.savefig(path)
+
+
+def _rounds(row: dict[str, Any]) -> str:
+    sizes = " > ".join(str(size) for size in row["rounds"])
+    return sizes if row["groupings"] == 1 else f"2 x {sizes}"
 
 
 def _with_interval(value: float, bounds: tuple[float, float]) -> str:

@@ -99,7 +99,7 @@ def _check_nets(config: PlanConfig, plan: Plan) -> None:
             card = read_card(stage.model)
         except ValueError:
             continue  # the nets need not be where plans are made
-        if card.arithmetic == "int8":
+        if card.int8:
             raise UsageError(
                 f"--gpus {config.gpus:g}: the best plan has {stage.model!r}, a net in int8, for CPUs: leave out "
                 "--gpus, or calibrate without such nets"

@@ -21,7 +21,7 @@ class Classifier:
         self.device, self.dtype = device, torch.float32 if device == "cpu" else torch.bfloat16
         self.net = net.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.columns = [card.categories.index(category) for category in categories]
-        self.of_pixels = card.arithmetic == "int8"
+        self.of_pixels = card.int8
         if self.of_pixels and device != "cpu":
             raise SystemExit(f"model {model!r} is a net in int8, which computes on CPUs only")
 
@@ -38,7 +38,7 @@ def preprocess(model: str, side: int) -> Callable[..., Tensor]:
     """From a picture, PIL's or a uint8 array, to float32 (3, S, S) of about unit variance; for a net in int8, which
     normalises by itself, to uint8 (S, S, 3)."""
     resized = [v2.ToImage(), v2.Resize([side, side], antialias=True)]
-    if read_card(model).arithmetic == "int8":
+    if read_card(model).int8:
         return v2.Compose([*resized, _channels_last])
     spec = load_net(model)[0].trunk.spec
     mean, std = ([value / 255 for value in channels] for channels in (spec.mean, spec.std))

@@ -87,7 +87,7 @@ def check_stage(spec: StageSpec, categories: tuple[str, ...], card: Card) -> Non
         raise ValueError(
             f"stage {spec.name!r}: model {spec.model!r} tests groups of {list(card.group_sizes)}, not {impossible}"
         )
-    if card.arithmetic == "int8":
+    if card.int8:
         _check_int8(spec, card)
 
 

@@ -177,7 +177,7 @@ def find_candidates(
         if missing:
             raise UsageError(f"model {name!r} scores {list(card.categories)}, not {missing}: leave it out, or them")
         pixels = int(side) if side else card.input_size
-        if card.arithmetic == "int8" and (gpu or pixels != card.input_size):
+        if card.int8 and (gpu or pixels != card.input_size):
             raise UsageError(
                 f"model {entry!r} is one in int8, for CPUs and pictures of {card.input_size} pixels: leave out "
                 f"{'--gpu' if gpu else f'@{pixels}'}, or give the model that it was made of"

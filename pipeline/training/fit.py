@@ -128,7 +128,7 @@ class TrainConfig:
             net, card = load_net(self.teacher)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        if card.arithmetic == "int8":
+        if card.int8:
             raise UsageError(f"teacher {self.teacher!r} is a net in int8: give the one it was made of")
         if card.categories != self.categories or card.input_size != self.input_size:
             raise UsageError(
@@ -161,7 +161,7 @@ class TrainConfig:
             start_from(net, parse_state(body, source))
         else:
             known, card = load_net(source)
-            if card.arithmetic == "int8":
+            if card.int8:
                 raise ValueError(f"--init {source!r} is a net in int8, which cannot learn: give the one it was made of")
             initialise(net, self.categories, known, card.categories)
 

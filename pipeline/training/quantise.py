@@ -123,8 +123,8 @@ def _load(config: QuantiseConfig) -> tuple[GroupNet, Card]:
         net, card = load_net(config.model)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if card.arithmetic != "float":
-        raise UsageError(f"model {config.model!r} is a net in {card.arithmetic} already: give the one it was made of")
+    if card.int8:
+        raise UsageError(f"model {config.model!r} is a net in int8 already: give the one it was made of")
     if locate(config.model).resolve() == (config.output / f"{config.name}.json").resolve():
         raise UsageError(f"name {config.name!r} is that of the net in floats, which it would replace: give another")
     if config.pictures < card.group_sizes[-1]:

@@ -112,3 +112,18 @@ def test_a_file_that_fails_once_is_read_again(files, monkeypatch):
     monkeypatch.setattr(module, "_read_file", reads)
     fetched = fetch(*map(listed, files))
     assert failed and fetched["003.jpg"].payload == files[3].read_bytes()
+
+
+def test_a_slow_mount_is_not_asked_twice_for_what_nobody_has_begun(files, monkeypatch):
+    read, asked = module._read_file, []
+
+    def reads(location, etag, limit):
+        asked.append(location.key)
+        time.sleep(0.2)
+        return read(location, etag, limit)
+
+    monkeypatch.setattr(module, "_read_file", reads)
+    fetched = fetch(*map(listed, files), fetch_seconds=3, fetch_concurrency=8)
+    assert all(fetched[path.name].payload == path.read_bytes() for path in files)
+    # Two readers had a second for 40 files: those that they were at when it was over are asked for again, at most.
+    assert len(files) <= len(asked) <= len(files) + 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import socket
 import struct
 import subprocess
@@ -209,10 +210,13 @@ class _Child:
                 | ENVIRONMENT
                 | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
             )
-        # poll() waits for the first byte of an answer, these for the rest of it and for a child that does not read.
+        # A poll waits for the first byte of an answer, these for the rest of it and for a child that does not read.
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", START_SECONDS, 0))
         self.connection = Connection(ours.detach())
+        # Made once: the connection's own poll makes a selector for each answer.
+        self.answers_come = select.poll()
+        self.answers_come.register(self.connection, select.POLLIN)
         self.ready = False
         self.files = self.answers = 0
 
@@ -230,7 +234,7 @@ class _Child:
         Raises TimeoutError when it takes too long, EOFError or OSError when the child has died, ValueError
         when its answer is none.
         """
-        if not self.connection.poll(seconds):
+        if not self.answers_come.poll(seconds * 1000):
             raise TimeoutError
         answer = json.loads(self.connection.recv_bytes(MAX_ANSWER_BYTES))
         slot = self.answers % AHEAD
@@ -249,7 +253,7 @@ class _Child:
         """The interpreter's start is on no file's account. Raises EOFError."""
         if self.ready:
             return
-        if not self.connection.poll(START_SECONDS) or self.connection.recv_bytes(MAX_ANSWER_BYTES) != READY:
+        if not self.answers_come.poll(START_SECONDS * 1000) or self.connection.recv_bytes(MAX_ANSWER_BYTES) != READY:
             raise EOFError
         self.ready = True
 

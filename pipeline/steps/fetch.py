@@ -152,7 +152,8 @@ class Fetcher:
         readers = min(len(files), max(1, self.limits.fetch_concurrency // REQUESTS_PER_READER))
         work = [self.threads.submit(_read_some, files, self._limit, found) for _ in range(readers)]
         wait(work, self.limits.fetch_seconds / TRIES)
-        # A copy: a thread that comes back from a file system that hung is too late.
+        # Nobody begins another; a thread that comes back from a file system that hung is too late, hence the copy.
+        files.clear()
         for image, payload, sha256 in tuple(found):
             image.payload, image.sha256 = payload, sha256
 

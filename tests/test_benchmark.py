@@ -225,14 +225,20 @@ def test_other_test_pictures_change_no_threshold(zoo, data, tmp_path):
 def test_the_plot_has_every_net_at_the_first_prevalence(tmp_path):
     def row(net: str, prevalence: float, *rounds: int, groupings: int = 1) -> dict:
         told = {"net": net, "prevalence": prevalence, "rounds": rounds, "groupings": groupings}
-        return told | {"relative_cost": 1 / rounds[0], "recall": 0.9, "recall_interval": (0.85, 0.94)}
+        rate = (0.3, 0.4) if groupings == 2 else (0.01, 0.02)
+        told |= {"recall": 0.9, "recall_interval": (0.85, 0.94), "false_positive_rate_interval": rate}
+        return told | {"relative_cost": 1 / rounds[0]}
 
     rows = [row("single", 0.001, 1), row("tree", 0.001, 4, 2), row("tree", 0.001, 4, groupings=2), row("late", 0.01, 8)]
     with rc_context({"svg.fonttype": "none"}):
         plot_models(tmp_path / "new" / "models.svg", {"rows": rows})
-    words = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "new" / "models.svg").read_text())
+    drawn = (tmp_path / "new" / "models.svg").read_text()
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
     assert {"single", "tree", "1", "4 &gt; 2", "2 x 4"} <= set(words) and not {"late", "8"} & set(words)
     assert any(word.startswith("prevalence 0.1%") for word in words)
+    markers = re.findall(r'<use [^>]*style="fill: (#[0-9a-f]{6}); stroke: (#[0-9a-f]{6})"', drawn)
+    # Three rows, one of them with more false positives, and the legend's two nets.
+    assert [fill == stroke for fill, stroke in markers] == [True, True, False, True, True]
     with pytest.raises(UsageError, match="cannot write"):
         plot_models(tmp_path / "new" / "models.svg" / "below.svg", {"rows": rows})
 

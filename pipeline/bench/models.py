@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from rich.table import Table
 
 from models.card import ZOO
@@ -216,31 +217,43 @@ def models_tables(result: dict[str, Any]) -> list[Table]:
 
 
 def plot_models(path: Path | None, result: dict[str, Any]) -> None:
-    """Recall, with its interval, over relative cost at the first prevalence, as SVG or PNG. Raises UsageError."""
+    """Recall, with its interval, over relative cost at the first prevalence, as SVG or PNG. Raises UsageError.
+
+    What recall says depends on what else is flagged: rows are hollow whose false positives are surely more than
+    individual testing's.
+    """
     if path is None:
         return
-    rows = [row for row in result["rows"] if row["prevalence"] == result["rows"][0]["prevalence"]]
+    individual = result["rows"][0]
+    rows = [row for row in result["rows"] if row["prevalence"] == individual["prevalence"]]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    for net in dict.fromkeys(row["net"] for row in rows):
-        of_net = [row for row in rows if row["net"] == net]
-        costs, recalls = ([row[name] for row in of_net] for name in ("relative_cost", "recall"))
-        bounds = [[abs(row["recall"] - row["recall_interval"][end]) for row in of_net] for end in (0, 1)]
-        axes.errorbar(costs, recalls, yerr=bounds, fmt="o", elinewidth=0.6, label=net)
-        for row in of_net:
-            there = (row["relative_cost"], row["recall"])
-            axes.annotate(_rounds(row), there, xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axes.axhline(rows[0]["recall"], color="#999999", linewidth=0.8, linestyle="--")
+    most = individual["false_positive_rate_interval"][1]
+    colors = {net: f"C{number}" for number, net in enumerate(dict.fromkeys(row["net"] for row in rows))}
+    for number, row in enumerate(rows):
+        low, high = row["recall_interval"]
+        axes.errorbar(
+            row["relative_cost"], row["recall"], yerr=[[row["recall"] - low], [high - row["recall"]]], fmt="o",
+            elinewidth=0.6, color=colors[row["net"]],
+            markerfacecolor="white" if row["false_positive_rate_interval"][0] > most else None,
+        )  # fmt: skip
+        # Above and below in turn: neighbours in cost are often neighbours in recall.
+        offset, place = (5, -10 if number % 2 else 4), (row["relative_cost"], row["recall"])
+        axes.annotate(_rounds(row), place, xytext=offset, textcoords="offset points", fontsize=7)
+    for net, color in colors.items():
+        axes.plot([], [], "o", color=color, label=net)
+    axes.axhline(individual["recall"], color="#999999", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.1)
     axes.set_xlabel("cost, GMAC over individual testing's")
     axes.set_ylabel("recall")
-    axes.set_title(
-        f"prevalence {rows[0]['prevalence']:.1%}, group sizes by round; dashed: individual testing",
-        fontsize=10,
-        loc="left",
-    )
+    title = f"prevalence {individual['prevalence']:.1%}, group sizes by round; dashed: individual testing"
+    axes.set_title(f"{title}; hollow: more false positives than it", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper right")
     with writing(path):
         figure.savefig(path)
 

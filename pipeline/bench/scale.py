@@ -336,7 +336,7 @@ def plot_scale(path: Path | None, result: dict[str, Any]) -> None:
             rows = [row for row in result["rows"] if row["night"] == night]
             axes.plot([row["keys"] for row in rows], [unit * row[name] for row in rows], marker="o", label=night)
         axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(unit * row[name] for row in result["rows"]))
         axes.set_xlabel("keys")
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)

@@ -173,7 +173,7 @@ class Preparation(Strict):
     fetch_seconds: float = Field(default=60.0, gt=0)
     """A request that fails or stalls is sent again for this long."""
     fetch_concurrency: int = Field(default=32, ge=1)
-    """Requests in flight in one fetch actor."""
+    """Requests in flight in one fetch actor; a quarter as many threads read local files: more for a slow mount."""
     fetch: Pool = Pool(num_cpus=0.25)
     decode: Pool = Pool(num_cpus=1.0)
     """Each actor has one child process that decodes."""

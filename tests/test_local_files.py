@@ -36,7 +36,11 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_every_file_comes_with_its_own_bytes_and_digest(files):
+def test_every_file_comes_with_its_own_bytes_and_digest(files, monkeypatch):
+    async def nothing_left(self, images):
+        pytest.fail(f"{len(images)} files were left to be fetched like objects")
+
+    monkeypatch.setattr(Fetcher, "_fetch_all", nothing_left)
     fetched = fetch(*map(listed, files))
     for path in files:
         image = fetched[path.name]
@@ -90,8 +94,8 @@ def test_a_file_that_hangs_holds_up_no_other_and_comes_too_late(files, monkeypat
 
     monkeypatch.setattr(module, "_read_file", reads)
     began = time.monotonic()
-    fetched = fetch(*images, fetch_seconds=1.5)
-    assert time.monotonic() - began < 10
+    fetched = fetch(*images, fetch_seconds=6)
+    assert time.monotonic() - began < 7.5, "the readers' time is a part of its deadline"
     assert {name for name, image in fetched.items() if image.payload is None} == {"007.jpg"}
     assert fetched["007.jpg"].error_code == "fetch_timeout"
     released.set()
@@ -110,7 +114,15 @@ def test_a_file_that_fails_once_is_read_again(files, monkeypatch):
         return read(location, etag, limit)
 
     monkeypatch.setattr(module, "_read_file", reads)
+    fetch_all, left = Fetcher._fetch_all, []
+
+    def seen(self, images):
+        left.extend(image.image_id for image in images)
+        return fetch_all(self, images)
+
+    monkeypatch.setattr(Fetcher, "_fetch_all", seen)
     fetched = fetch(*map(listed, files))
+    assert left == ["003.jpg"]
     assert failed and fetched["003.jpg"].payload == files[3].read_bytes()
 
 
@@ -127,3 +139,15 @@ def test_a_slow_mount_is_not_asked_twice_for_what_nobody_has_begun(files, monkey
     assert all(fetched[path.name].payload == path.read_bytes() for path in files)
     # Two readers had a second for 40 files: those that they were at when it was over are asked for again, at most.
     assert len(files) <= len(asked) <= len(files) + 2
+
+
+def test_a_mount_that_hangs_does_not_hold_a_window_for_ever(files, monkeypatch):
+    monkeypatch.setattr(module, "HASTE_SECONDS", 0.3)
+    released = threading.Event()
+    monkeypatch.setattr(module, "_read_file", lambda *_: released.wait(60))
+    began = time.monotonic()
+    fetched = fetch(*map(listed, files), fetch_seconds=3, fetch_concurrency=8)
+    released.set()
+    assert {image.error_code for image in fetched.values()} == {"fetch_timeout"}
+    # The readers' second and one round of eight take 3 s, four more 0.3 s each.
+    assert time.monotonic() - began < 3 + 4 * 0.3 + 3

@@ -185,7 +185,11 @@ def models_report(result: dict[str, Any]) -> Report:
         f"Recall is of {result['positives']:,} unique positives, each hosted by {config['redraws']} groups of re-drawn "
         f"negatives, FPR of {result['negatives']:,} unique negatives; cost is GMAC over individual testing's."
     )
-    written = [f"{name}: {config[key]}" for name, key in (("rows", "json"), ("plans", "plans")) if config[key]]
+    written = [
+        f"{name}: {config[key]}"
+        for name, key in (("rows", "json"), ("plans", "plans"), ("plot", "plot"))
+        if config[key]
+    ]
     return [*models_tables(result), words, *written]
 
 
@@ -231,10 +235,10 @@ def plot_models(path: Path | None, result: dict[str, Any]) -> None:
     most = individual["false_positive_rate_interval"][1]
     colors = {net: f"C{number}" for number, net in enumerate(dict.fromkeys(row["net"] for row in rows))}
     for number, row in enumerate(rows):
-        low, high = row["recall_interval"]
+        # A recall of 1 may be a sum that is a hair above the end of its interval.
+        bounds = [[abs(row["recall"] - bound)] for bound in row["recall_interval"]]
         axes.errorbar(
-            row["relative_cost"], row["recall"], yerr=[[row["recall"] - low], [high - row["recall"]]], fmt="o",
-            elinewidth=0.6, color=colors[row["net"]],
+            row["relative_cost"], row["recall"], yerr=bounds, fmt="o", elinewidth=0.6, color=colors[row["net"]],
             markerfacecolor="white" if row["false_positive_rate_interval"][0] > most else None,
         )  # fmt: skip
         # Above and below in turn: neighbours in cost are often neighbours in recall.

@@ -93,8 +93,11 @@ class Fetcher:
         self.endpoint_url = endpoint_url
         self.limits = limits
         self.overdue = 0
+        self.readers = max(1, limits.fetch_concurrency // REQUESTS_PER_READER)
+        self.read_seconds = 0.0
+        """What the readers have taken of the deadline of this window's local files."""
         # Not asyncio's own: that one has few threads, and waits at the end for those that hang.
-        self.threads = ThreadPoolExecutor(2 * limits.fetch_concurrency)
+        self.threads = ThreadPoolExecutor(2 * limits.fetch_concurrency + self.readers)
         # Buckets with objects under a KMS key: their etags look like an MD5 and are none.
         self.encrypted: set[str] = set()
 
@@ -145,17 +148,20 @@ class Fetcher:
         """Gives local files their bytes. A request for each, as for objects, takes longer than the reading.
 
         Those that fail, or that a thread has not come to in the time of one try, are left to be fetched like objects:
-        each with a deadline and a reason of its own.
+        each with a reason of its own, and with what is left of its deadline.
         """
+        began = time.monotonic()
         files = deque(image for image in images if not image.uri.startswith("s3://"))
         found: list[tuple[Image, bytes, str]] = []
-        readers = min(len(files), max(1, self.limits.fetch_concurrency // REQUESTS_PER_READER))
-        work = [self.threads.submit(_read_some, files, self._limit, found) for _ in range(readers)]
+        work = [
+            self.threads.submit(_read_some, files, self._limit, found) for _ in range(min(len(files), self.readers))
+        ]
         wait(work, self.limits.fetch_seconds / TRIES)
         # Nobody begins another; a thread that comes back from a file system that hung is too late, hence the copy.
         files.clear()
         for image, payload, sha256 in tuple(found):
             image.payload, image.sha256 = payload, sha256
+        self.read_seconds = time.monotonic() - began
 
     async def _fetch_all(self, images: list[Image]) -> None:
         slots = asyncio.Semaphore(self.limits.fetch_concurrency)
@@ -180,7 +186,7 @@ class Fetcher:
             location = parse_uri(image.uri)
         except UsageError as error:
             raise FetchError("fetch_failed", str(error)) from error
-        seconds = self.limits.fetch_seconds
+        seconds = self.limits.fetch_seconds - (0 if location.bucket else self.read_seconds)
         if self.overdue >= self.limits.fetch_concurrency:
             seconds = min(seconds, HASTE_SECONDS)
         end = time.monotonic() + seconds

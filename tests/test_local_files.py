@@ -151,3 +151,18 @@ def test_a_mount_that_hangs_does_not_hold_a_window_for_ever(files, monkeypatch):
     assert {image.error_code for image in fetched.values()} == {"fetch_timeout"}
     # The readers' second and one round of eight take 3 s, four more 0.3 s each.
     assert time.monotonic() - began < 3 + 4 * 0.3 + 3
+
+
+def test_a_file_that_grows_while_it_is_read_is_not_let_through(files, monkeypatch):
+    files[0].write_bytes(bytes(999_999))
+    found = os.stat
+
+    def stat_and_write(path, *args, **options):
+        result = found(path, *args, **options)
+        if str(path) == str(files[0]):
+            files[0].write_bytes(bytes(1_000_001))
+        return result
+
+    monkeypatch.setattr(module.os, "stat", stat_and_write)
+    fetched = fetch(Image(image_id="grows", uri=files[0].as_uri()), max_megabytes=1)
+    assert (fetched["grows"].error_code, fetched["grows"].payload) == ("too_large", None)

@@ -180,8 +180,8 @@ class Fetcher:
 
     async def _fetch(self, image: Image) -> bytes:
         limit = self._limit
-        if image.size_bytes is not None and image.size_bytes > limit:
-            raise FetchError("too_large", f"{image.size_bytes:,} bytes are over the limit of {limit:,}")
+        if image.size_bytes is not None:
+            _check_size(image.size_bytes, limit)
         try:
             location = parse_uri(image.uri)
         except UsageError as error:
@@ -301,6 +301,10 @@ def _check_object(etag: str | None, size: int, image: Image, limit: int) -> None
         raise FetchError("fetch_changed", f"etag was {image.etag} when listed, now it is {etag}")
     if image.size_bytes not in (None, size):
         raise FetchError("fetch_short", f"{image.size_bytes:,} bytes were listed, the object has {size:,}")
+    _check_size(size, limit)
+
+
+def _check_size(size: int, limit: int) -> None:
     if size > limit:
         raise FetchError("too_large", f"{size:,} bytes are over the limit of {limit:,}")
 
@@ -357,11 +361,11 @@ def _read_file(location: Location, etag: str | None, limit: int) -> bytes:
         found = os.stat(location.key)
         if not stat.S_ISREG(found.st_mode):
             raise FetchError("fetch_failed", "not a regular file")
-        if found.st_size > limit:
-            raise FetchError("too_large", f"{found.st_size:,} bytes are over the limit of {limit:,}")
+        _check_size(found.st_size, limit)
         with open(location.key, "rb", buffering=0) as file:
             payload = file.readall()
             now = file_etag(os.fstat(file.fileno()))
+        _check_size(len(payload), limit)  # it may have grown, and who lists no etags would not notice
     except FileNotFoundError as error:
         raise FetchError("fetch_not_found", "gone since it was listed") from error
     except PermissionError as error:

@@ -7,7 +7,6 @@ out of train/, which no net has learnt from, and judged on test/.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from models.card import ZOO
 from pipeline.bench.group_plans import DESIGNS, INDIVIDUAL, Entry, Fitting, load_nets, make_entries
-from pipeline.bench.measure import Report, Say, writing
+from pipeline.bench.measure import Report, Say, write_result, writing
 from pipeline.bench.prevalence import Judge, Judged
 from pipeline.errors import UsageError
 from pipeline.labels.splits import LabelledPixels, read_splits
@@ -108,7 +107,8 @@ def bench_models(config: ModelsConfig, say: Say) -> dict[str, Any]:
         "nets": {name: net.card.version for name, net in nets.items()},
         "rows": rows,
     }
-    write_results(config, result)
+    write_result(config.json, result)
+    write_plans(config.plans, rows)
     plot_models(config.plot, result)
     return result
 
@@ -165,18 +165,14 @@ def _row(
     }
 
 
-def write_results(config: ModelsConfig, result: dict[str, Any]) -> None:
-    try:
-        if config.json:
-            config.json.parent.mkdir(parents=True, exist_ok=True)
-            config.json.write_text(json.dumps(result, indent=2) + "\n")
-        if config.plans:
-            config.plans.mkdir(parents=True, exist_ok=True)
-            for row in result["rows"]:
-                body = yaml.safe_dump(row["plan"], sort_keys=False)
-                (config.plans / f"{row['name']}.yaml").write_text(body)
-    except OSError as error:
-        raise UsageError(f"cannot write to {error.filename}: {error.strerror}") from error
+def write_plans(folder: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Raises UsageError."""
+    if folder is None:
+        return
+    for row in rows:
+        path = folder / f"{row['name']}.yaml"
+        with writing(path):
+            path.write_text(yaml.safe_dump(row["plan"], sort_keys=False))
 
 
 def models_report(result: dict[str, Any]) -> Report:
@@ -185,11 +181,8 @@ def models_report(result: dict[str, Any]) -> Report:
         f"Recall is of {result['positives']:,} unique positives, each hosted by {config['redraws']} groups of re-drawn "
         f"negatives, FPR of {result['negatives']:,} unique negatives; cost is GMAC over individual testing's."
     )
-    written = [
-        f"{name}: {config[key]}"
-        for name, key in (("rows", "json"), ("plans", "plans"), ("plot", "plot"))
-        if config[key]
-    ]
+    named = {"rows": config["json"], "plans": config["plans"], "plot": config["plot"]}
+    written = [f"{name}: {path}" for name, path in named.items() if path]
     return [*models_tables(result), words, *written]
 
 
